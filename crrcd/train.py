@@ -1,0 +1,133 @@
+"""Train CRRCD: `python train.py [RECIPE] [--flags]`, `python train.py --help`.
+
+"Low-Resolution Object Recognition with Cross-Resolution Relational Contrastive Distillation",
+TCSVT 2024. One run trains the high-resolution teacher (cached), the low-resolution student alone,
+with plain KD, and with CRRCD, and ends in one table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from crrcd.config import ABOUT, RECIPES, Config, arms, members
+from crrcd.losses import L_total
+from crrcd.model import CollapseAlarm, FeatureQueue, Normaliser, RelationCritic, derangement
+from shared import cli, optim, report, results, teacher
+from shared.config import locate
+from shared.data import load
+from shared.data.pipeline import Loader, lr_input
+from shared.evaluate.score import HEADLINE, score
+from shared.losses import kd, nce
+from shared.models.recogniser import Recogniser, Student, load_trained
+from shared.run import Run
+
+__all__ = ["NAME", "RECIPES", "load_student", "train"]
+NAME = "crrcd"
+
+
+def train(config: Config) -> Path:
+    """Teacher, baselines and CRRCD student of one configuration; returns the run's folder."""
+    run = Run.start(NAME, config)
+    c = config.data
+
+    # ---- data
+    data = load(c, cache=locate(config.cache), teacher_identities=config.teacher.identities)
+    loader = Loader(data.train, c, config.optim.batch, seed=config.seed, device=run.device,
+                    rank=run.rank, world=run.world)  # fmt: skip
+    run.note(licence=data.licence, skipped=list(data.skipped))
+
+    # ---- networks
+    run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
+    taught_by = teacher.get(run, config.teacher, c, data)
+    for arm, wanted in arms(config).items():  # the baselines, then the paper's student
+        if run.has_student(arm):
+            continue
+        torch.manual_seed(config.seed)  # every student starts from the same weights
+        student = run.place(Recogniser(wanted.student, c.lr, data.classes))
+        relation = run.place(RelationCritic(taught_by.dim, student.dim, wanted.d))
+        queue = FeatureQueue(wanted.queue, taught_by.dim).to(run.device)
+        normaliser = Normaliser(wanted.normaliser, m=len(data.train), tau=wanted.tau).to(run.device)
+        alarm = CollapseAlarm(run.say)
+        net = run.wrap(student)
+
+        # ---- optimiser
+        optimiser = optim.sgd(wanted.optim, [student, relation])
+        modules = {"student": student, "relation": relation, "queue": queue, "z": normaliser}
+        phase = run.phase(arm, modules, optimiser, loader, wanted.optim)
+        if wanted.beta and phase.step == 0:
+            queue.fill(taught_by, loader.plain(len(queue)))
+
+        # ---- loop
+        zero = torch.zeros((), device=run.device)
+        for batch in phase:
+            student.train()
+            with run.autocast():
+                e_s = net(batch.x_l)
+                if wanted.alpha or wanted.beta:
+                    e_t, z_t = taught_by(batch.x_h())
+            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
+            kd_ = kd(student.logits(e_s), z_t, wanted.rho) if wanted.alpha else zero
+            rcd, watched = zero, {}
+            if wanted.beta:
+                # relations are drawn over the global batch, the same on every rank
+                draws = run.generator(phase.step)
+                e_all, y_all = run.gather(e_t), run.gather(batch.y)
+                i_all = run.gather(batch.index.to(run.device))
+                i = derangement(len(y_all), draws)  # partner i of sample j
+                barred = i_all[i] if wanted.policy == "supervised" else i_all
+                k = queue.sample(y_all, wanted.n, exclude=barred, policy=wanted.policy,
+                                 generator=draws)  # fmt: skip
+                cos_pos, cos_neg = relation(
+                    e_t, e_s, run.own(e_all[i]), queue.features, run.own(k)
+                )
+                log_z = normaliser(run.gather(cos_pos.detach()), run.gather(cos_neg.detach()))
+                rcd = nce(cos_pos, cos_neg, tau=wanted.tau, m=len(data.train), log_z=log_z)
+                queue.push(e_all, y_all, i_all)
+                watched = {"cos_pos": cos_pos.mean(), "cos_neg": cos_neg.mean()}
+            loss = L_total(cls, kd_, rcd, alpha=wanted.alpha, beta=wanted.beta)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            run.mean_gradients(relation)
+            norm = optim.clip(optimiser, wanted.optim.clip)
+            logged = phase.log(batch, loss=loss, cls=cls, kd=kd_, rcd=rcd, gradient=norm, **watched)
+            alarm.watch(logged)
+            optimiser.step()
+            if phase.due(batch):
+                student.eval()
+                with run.autocast():
+                    found = score(lambda x: student(lr_input(x, c)), data.evaluations[data.selection])
+                phase.keep_best(student, HEADLINE[data.task], found.metrics)
+        phase.finish(student, task=data.task, classes=data.classes)
+
+    # ---- score
+    if run.rank == 0:
+        test = data.evaluations["test"]
+        rows = results.teacher_rows(taught_by, test, c)
+        rows |= {arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)}
+        results.write(run.folder, rows, test, reference="alone")
+        print(results.table(run.folder))
+        if config.report:
+            report.write(run.folder)
+    return run.folder
+
+
+def load_student(run: str | Path, arm: str = NAME, *, best: bool = False) -> Student:
+    """A run's student, ready for LR images at native size: see shared.models.recogniser.Student.
+
+    run: the run's folder. arm: "crrcd" or one of its baselines. best: of the epoch with the best
+    development score instead of the last. Raises ValueError where there is no such student.
+    """
+    config = cli.stored(Config, run)
+    return load_trained(Path(run), config.student, config.data, arm, best=best)
+
+
+def main() -> None:
+    for config in members(cli.parse(NAME, RECIPES, ABOUT)):
+        train(config)
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

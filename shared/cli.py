@@ -1,0 +1,145 @@
+"""The command line of every train.py: a recipe's name, typed overrides, and one line for bad input.
+
+    python train.py [RECIPE] [--seed 3] [--optim.lr .05] ...
+    python train.py --resume RUN
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from shared.config import SCHEMA, from_dict, locate
+
+C = TypeVar("C")
+
+
+def parse(
+    paper: str,
+    recipes: Mapping[str, C],
+    about: Mapping[str, str],
+    default: str = "embedded",
+    argv: list[str] | None = None,
+) -> C:
+    """The configuration that the command line asks for; exits with code 2 and a line if it errs."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = default
+    if args and not args[0].startswith("-"):
+        name = args.pop(0)
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        fail(f"no recipe {name!r} in {paper}{hint} (there are: {', '.join(recipes)})")
+    config: Any = recipes[name]
+    if any(a == "--resume" or a.startswith("--resume=") for a in args):
+        return _resume(type(config), args)
+
+    import tyro  # only a script's command line needs it
+
+    known = _flags(config)
+    for arg in args:
+        flag = arg.split("=")[0]
+        if flag.startswith("--") and flag != "--help" and _plain(flag) not in known:
+            near = difflib.get_close_matches(_plain(flag), known, n=1)
+            fail(f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    listing = "\n".join(f"  {r:<22} {about[r]}" for r in recipes)
+    description = (
+        f"python train.py [RECIPE] [FLAGS]: recipe {name!r} and what you change in it.\n\n"
+        f"Recipes:\n\n{listing}\n\nThe flags below show this recipe's values."
+    )
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+            return tyro.cli(
+                type(config), default=config, args=args, description=description, prog="train.py"
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            print(out.getvalue(), end="")
+            raise SystemExit(0) from None
+        fail(_one_line(err.getvalue() + out.getvalue()))
+
+
+def _resume(cls: type[C], args: list[str]) -> C:
+    text = " ".join(args)
+    found = re.fullmatch(r"--resume[ =](\S.*)", text)
+    if not found or " --" in text:
+        fail("--resume RUN takes the run's own configuration: give no recipe's flags beside it")
+    folder = Path(found[1].strip())
+    folder = folder if folder.is_dir() else locate(str(folder))
+    return dataclasses.replace(stored(cls, folder), resume=str(folder.resolve()))  # type: ignore[type-var]
+
+
+def stored(cls: type[C], folder: str | Path) -> C:
+    """The configuration of a run folder. Raises ValueError where there is none or another's."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no run folder here (config.json is missing)")
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if record.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path}: schema {record.get('schema')}, this code reads {SCHEMA}; "
+            f"use the commit named there ({record.get('git')})"
+        )
+    return from_dict(cls, record["config"], str(path))
+
+
+def _flags(config: Any, prefix: str = "--") -> list[str]:
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        plain = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            names += _flags(value, f"{prefix}{plain}.")
+        elif isinstance(value, bool):
+            head, _, last = f"{prefix}{plain}".rpartition(".")
+            negative = f"{head}.no-{last}" if head else f"--no-{plain}"
+            names += [f"{prefix}{plain}", negative]
+        else:
+            names.append(f"{prefix}{plain}")
+    return names
+
+
+def _plain(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def _one_line(message: str) -> str:
+    """tyro's boxed message without the box."""
+    words = re.sub(r"[─│╭╮╰╯]", " ", message)
+    words = re.sub(r"\s+", " ", words).strip()
+    words = re.sub(r"^(Parsing error|Required options|Invalid \w+)\s*", "", words)
+    return re.sub(r"\s*For full helptext, (see|run) .*$", "", words)
+
+
+def fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def guarded(script: Callable[[], Any]) -> None:
+    """Run a script's main: bad input (ValueError, OSError) becomes one line and exit code 2.
+
+    With `--traceback` as the last argument the whole trace is printed instead.
+    """
+    trace = sys.argv[-1:] == ["--traceback"]
+    if trace:
+        sys.argv.pop()
+    try:
+        script()
+    except (ValueError, OSError) as error:
+        if trace:
+            traceback.print_exc()
+        fail(" ".join(str(error).split()) or type(error).__name__)

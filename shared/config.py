@@ -1,0 +1,208 @@
+"""What every recipe is made of: frozen values, composed with `dataclasses.replace`.
+
+A paper's own `Config` inherits `Run` and adds `data`, `teacher`, `student`, `optim` and its own
+fields, so that `--seed 3` and `--optim.lr .1` are flags of every script (shared/cli.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]  # the clone: runs/ and cache/ lie here
+SCHEMA = 1  # raised whenever an older config.json or checkpoint can no longer be read
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, its two resolutions and its training views."""
+
+    name: Literal["faces", "cifar10", "cifar100", "svhn", "digits", "folder"] = "faces"
+    """faces: procedural, no download. digits: scikit-learn's. folder: ROOT/train/<class>/*."""
+    root: str = ""
+    """Folder of the data; empty: a download into the cache (cifar10, cifar100, svhn)."""
+    hr: int = 64
+    """Side of the teacher's input in px."""
+    lr: int = 16
+    """Side of the student's input in px; at most hr."""
+    kernel: Literal["bicubic", "bilinear", "area", "nearest"] = "bicubic"
+    """Down-sampling kernel, HR to LR."""
+    antialias: bool = True
+    """Widen the kernel by the scale; in PyTorch it also changes bicubic's coefficient."""
+    flip: bool = True
+    """Mirror half of the training views; HR and LR alike."""
+    shift: int = 4
+    """Largest shift of a training view in HR px; HR and LR alike."""
+    shift_step: int = 4
+    """Distance between two shifts in HR px: views are a finite set, flips x shifts."""
+    pad: Literal["edge", "zero"] = "edge"
+    """What a shift brings in at the border."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per RGB channel, of values in [0, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per RGB channel, of values in [0, 1]."""
+    classes: int = 0
+    """How many classes there must be; 0: as many as are found."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """An image that cannot be decoded: stop and name it, or count it and go on."""
+    resident_gib: float = 4.0
+    """Images up to this many GiB stay in memory; more are decoded as they are needed."""
+    workers: int = 2
+    """Decoding processes for images that are not resident."""
+    seed: int = 0
+    """Seed of the data themselves (faces: which people; digits: which split)."""
+    identities: int = 200
+    """faces: identities the student is trained on."""
+    instances: int = 12
+    """faces: training images of each identity."""
+    development: int = 300
+    """faces: identities for choosing hyper-parameters and the best epoch, disjoint from test."""
+    test: int = 1000
+    """faces: test identities, disjoint from all others."""
+    coarse: float = 0.6
+    """faces: how far people differ in what survives at LR (head, hair, skin)."""
+    fine: float = 1.4
+    """faces: how far people differ in what only HR shows (brows, irises, moles)."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """SGD and its schedule (shared/optim.py)."""
+
+    lr: float = 0.1
+    """Peak learning rate, for this batch size."""
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    batch: int = 64
+    """Images a step, over all ranks."""
+    epochs: int = 24
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: to 0 after the warm-up. step: times gamma at each milestone."""
+    warmup: float = 0.1
+    """Share of all steps over which the rate rises linearly."""
+    milestones: tuple[int, ...] = ()
+    """Epochs, for step."""
+    gamma: float = 0.1
+    clip: float = 0.0
+    """Largest norm of the whole gradient; 0: measured, not clipped."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone and what stands on it."""
+
+    name: str = "small-student"
+    """A name of shared.models.create."""
+    head: Literal["softmax", "arcface", "cosface"] = "cosface"
+    """softmax: the backbone's own classifier and cross-entropy."""
+    scale: float = 16.0
+    """s of the margin heads."""
+    margin: float = 0.2
+    """m of the margin heads (arcface: radians)."""
+
+
+@dataclass(frozen=True)
+class Teacher(Network):
+    """The high-resolution network: trained once, cached by the hash of what made it."""
+
+    name: str = "small-teacher"
+    checkpoint: str = ""
+    """Weights of your own (.safetensors, .pth) for the backbone, instead of training one."""
+    identities: int = 400
+    """faces: identities the teacher is trained on; the student's are the first of them."""
+    optim: Optim = field(default_factory=lambda: Optim(epochs=20))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run (shared/run.py). A paper's Config inherits these fields."""
+
+    recipe: str = ""
+    """Name of the recipe; part of the run folder's name."""
+    seed: int = 0
+    """Initialisation, order, views and draws."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: three timed steps of each decide, and the choice is recorded."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's own choice. Recorded: other counts give other bits."""
+    channels_last: bool = True
+    """Memory format of images and weights."""
+    compile: bool = False
+    """torch.compile the student; worth it for long runs only."""
+    evaluate_every: int = 4
+    """Epochs between two scores on the development split."""
+    checkpoint_seconds: float = 20.0
+    """Seconds between two writes of last.ckpt; never changes the result."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    runs: str = "runs"
+    """Where run folders go, from the clone's root or absolute."""
+    cache: str = "cache"
+    """Where rendered data, downloads and teachers are kept, from the clone's root or absolute."""
+    resume: str = ""
+    """A run folder to go on with, under its own configuration."""
+    report: bool = True
+    """Write report.html at the end."""
+
+
+# What the comparison holds equal in every paper: data, teacher, student, schedule.
+MATCHED: dict[str, Any] = dict(
+    data=Data(),
+    teacher=Teacher(),
+    student=Network(),
+    optim=Optim(clip=1.0),
+)
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """The inverse of `to_dict`.
+
+    Raises ValueError, naming the fields, when `values` has others than `cls`.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if set(values) != fields:
+        odd = sorted(set(values) ^ fields)
+        raise ValueError(
+            f"{where}: written by another version of this code (fields that differ: "
+            f"{', '.join(odd)}); use the commit named in its config.json"
+        )
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(typing.cast(type, hint), value, f"{where}.{name}")
+        elif isinstance(value, list):
+            value = _tuple(value)
+        built[name] = value
+    return cls(**built)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+def digest(*parts: Any) -> str:
+    """12 hex digits that name what was made from `parts` (dataclasses or JSON values)."""
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def locate(path: str) -> Path:
+    """A folder named in a configuration: absolute, or from the clone's root."""
+    return Path(path).expanduser() if Path(path).expanduser().is_absolute() else ROOT / path

@@ -1,0 +1,305 @@
+"""Paired HR and LR views: a finite, counter-keyed set of augmentations, in batches.
+
+A training view of an image is one of `Views.count` = flips x shifts; which one an image gets in
+an epoch is a function of (seed, epoch, image). HR and LR share it, and LR is made from the HR view.
+Images that fit stay in memory as uint8; others are decoded by worker processes. There is no
+Python per resident image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.config import Data
+from shared.degrade import low, to_float, to_uint8
+
+LR_TABLE_BYTES = 1 << 30  # every LR view is kept when all of them fit into this
+
+
+class Images(Protocol):
+    """uint8 RGB images of one size, by number."""
+
+    labels: Tensor  # [N] int64
+
+    def __len__(self) -> int: ...
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each tensor of image numbers [B]: the numbers and the images [B, 3, S, S] uint8.
+
+        The numbers come back other than they went in only where an image could not be decoded
+        and another one of the batch stands in for it.
+        """
+        ...
+
+
+class Resident:
+    """Images in memory (or memory-mapped)."""
+
+    def __init__(self, pixels: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
+        self.pixels = torch.as_tensor(np.array(pixels) if isinstance(pixels, np.memmap) else pixels)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
+            raise ValueError(f"images must be uint8 [N,3,S,S], not {self.pixels.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in order:
+            yield index, self.pixels[index.to(self.pixels.device)]
+
+    def to(self, device: torch.device) -> Resident:
+        self.pixels = self.pixels.to(device)
+        return self
+
+
+class Streaming:
+    """Images decoded from files by worker processes, in the order asked for.
+
+    decode: image number -> uint8 [3, S, S], ValueError naming the file if it cannot; picklable.
+    on_error: "stop" raises that error; "skip" counts it in `skipped` and lets another image of
+    the batch stand in.
+    """
+
+    def __init__(
+        self, decode: Callable[[int], Tensor], labels: Tensor, *, workers: int, on_error: str
+    ) -> None:
+        self.decode, self.labels = decode, labels
+        self.workers, self.on_error = workers, on_error
+        self.skipped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = torch.utils.data.DataLoader(
+            _Decoded(self.decode),
+            batch_sampler=[index.tolist() for index in order],
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            collate_fn=list,
+        )
+        for index, images in zip(order, loader, strict=True):
+            good = [k for k, image in enumerate(images) if isinstance(image, Tensor)]
+            bad = [k for k, image in enumerate(images) if not isinstance(image, Tensor)]
+            if bad and (self.on_error == "stop" or not good):
+                raise ValueError(images[bad[0]])
+            self.skipped.update(int(index[k]) for k in bad)
+            rows = torch.arange(len(index))
+            rows[bad] = torch.tensor(good[:1]).expand(len(bad))
+            yield index[rows], torch.stack([images[k] for k in rows.tolist()])
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """Errors travel as text: raised in a worker they would come back as a page of traces."""
+
+    def __init__(self, decode: Callable[[int], Tensor]) -> None:
+        self.decode = decode
+
+    def __getitem__(self, number: int) -> Tensor | str:
+        try:
+            return self.decode(number)
+        except ValueError as error:
+            return str(error)
+
+
+class Views:
+    """The finite set of training views: flips x (2 * shift / step + 1)^2 shifts.
+
+    View 0 .. count - 1; the identity (no flip, no shift) is `Views.identity`.
+    """
+
+    def __init__(self, data: Data) -> None:
+        if data.shift < 0 or data.shift_step < 1:
+            raise ValueError("data.shift must be 0 or more and data.shift_step 1 or more")
+        if data.shift % data.shift_step:
+            raise ValueError(
+                f"data.shift {data.shift} is no multiple of data.shift_step {data.shift_step}"
+            )
+        self.shift, self.pad = data.shift, data.pad
+        steps = torch.arange(-data.shift, data.shift + 1, data.shift_step)
+        dy, dx = torch.meshgrid(steps, steps, indexing="ij")
+        flips = 2 if data.flip else 1
+        self.dy, self.dx = dy.reshape(-1).repeat(flips), dx.reshape(-1).repeat(flips)
+        self.mirrored = torch.arange(flips).repeat_interleave(steps.numel() ** 2) == 1
+        self.count = len(self.dy)
+        self.identity = int(((self.dy == 0) & (self.dx == 0) & ~self.mirrored).nonzero()[0])
+
+    def apply(self, pixels: Tensor, view: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] uint8, view [B] -> the same shape and type, in channels-last."""
+        if self.count == 1:
+            return pixels
+        height, width = pixels.shape[-2:]
+        p, device = self.shift, pixels.device
+        view = view.to(device)
+        if p:
+            mode = "replicate" if self.pad == "edge" else "constant"
+            # replication is not written for uint8; half the bytes of float32 hold it exactly
+            wide = F.pad(pixels.half(), (p, p, p, p), mode=mode).to(torch.uint8)
+        else:
+            wide = pixels
+        rows = torch.arange(height, device=device) + (p + self.dy.to(device)[view])[:, None]
+        columns = torch.arange(width, device=device).expand(len(view), -1)
+        columns = torch.where(self.mirrored.to(device)[view][:, None], width - 1 - columns, columns)
+        columns = columns + (p + self.dx.to(device)[view])[:, None]
+        which = torch.arange(len(view), device=device)[:, None, None]
+        last = wide.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+        return last.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images on this rank."""
+
+    epoch: int
+    last: bool  # of its epoch
+    index: Tensor  # [B] which image
+    view: Tensor  # [B] which view of it
+    y: Tensor  # [B] label
+    x_h: Callable[[], Tensor]  # -> [B, 3, hr, hr] normalised
+    x_l: Tensor  # [B, 3, lr, lr] normalised
+
+
+class Loader:
+    """Shuffled batches of paired views.
+
+    Epoch e visits a permutation keyed by (seed, e), in `steps` whole batches of `size` over all
+    ranks; what does not fill a batch is left for another epoch's order. Rank r sees the r-th
+    contiguous part of each batch. No state: any (epoch, start) can be asked for.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        data: Data,
+        size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if size % world:
+            raise ValueError(f"a batch of {size} cannot be shared by {world} ranks")
+        if size < 2 or len(images) < size:
+            raise ValueError(f"{len(images)} training images do not fill a batch of {size}")
+        self.images, self.data, self.size, self.seed = images, data, size, seed
+        self.device, self.rank, self.world = device, rank, world
+        self.views = Views(data)
+        self.steps = len(images) // size
+        self._low: Tensor | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on."""
+        order, view = self._order(epoch)
+        own = self.size // self.world
+        spans = [
+            slice(s * self.size + self.rank * own, s * self.size + (self.rank + 1) * own)
+            for s in range(start, self.steps)
+        ]
+        table = self._table()
+        high = self.images.batches([order[span] for span in spans]) if table is None else None
+        for step, span in enumerate(spans, start):
+            index, chosen = order[span], view[span]
+            if table is not None:
+                x_h = functools.partial(self._fetch, index, chosen)
+                x_l = table[index.to(table.device), chosen.to(table.device)]
+            else:
+                assert high is not None
+                index, pixels = next(high)
+                pixels = self.views.apply(pixels.to(self.device), chosen)
+                x_h = functools.partial(self._float, pixels)
+                x_l = self._degrade(pixels)
+            yield Batch(
+                epoch=epoch,
+                last=step == self.steps - 1,
+                index=index,
+                view=chosen,
+                y=self.images.labels[index].to(self.device),
+                x_h=x_h,
+                x_l=self._float(x_l),
+            )
+
+    def plain(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """`count` images (default all) without augmentation: numbers [B], x_h, labels [B].
+
+        In a shuffled order keyed by the seed, round and round where count exceeds the data set.
+        """
+        total = len(self.images)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
+        count = total if count is None else count
+        spans = list(order.repeat(-(-count // total))[:count].split(256))
+        for index, pixels in self.images.batches(spans):
+            yield index, self._float(pixels.to(self.device)), self.images.labels[index]
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        view = torch.randint(self.views.count, (len(self.images),), generator=generator)
+        return order, view
+
+    def _fetch(self, index: Tensor, view: Tensor) -> Tensor:
+        _, pixels = next(self.images.batches([index]))
+        return self._float(self.views.apply(pixels.to(self.device), view))
+
+    def _degrade(self, pixels: Tensor) -> Tensor:
+        d = self.data
+        return low(pixels, d.lr, mode=d.kernel, antialias=d.antialias)
+
+    def _table(self) -> Tensor | None:
+        """Every LR view, uint8 [N, views, 3, lr, lr], where that is small enough to keep."""
+        side = self.data.lr
+        needed = len(self.images) * self.views.count * 3 * side * side
+        if self._low is None and isinstance(self.images, Resident) and needed <= LR_TABLE_BYTES:
+            table = torch.empty(
+                (len(self.images), self.views.count, 3, side, side),
+                dtype=torch.uint8,
+                device=self.device,
+            )
+            for index in torch.arange(len(self.images)).split(256):
+                pixels = self.images.pixels[index].to(self.device)
+                for view in range(self.views.count):
+                    moved = self.views.apply(pixels, torch.full_like(index, view))
+                    table[index.to(self.device), view] = self._degrade(moved)
+            self._low = table
+        return self._low
+
+    def _float(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self.data)
+
+
+def normalise(pixels: Tensor, data: Data) -> Tensor:
+    """uint8 [B, 3, H, W] to float32, channels-last, with the data's mean and deviation."""
+    scale = torch.tensor([1 / (255 * s) for s in data.std], device=pixels.device)
+    shift = torch.tensor(
+        [-m / s for m, s in zip(data.mean, data.std, strict=True)], device=pixels.device
+    )
+    x = pixels.to(torch.float32, memory_format=torch.channels_last)
+    return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+def hr_input(pixels: Tensor, data: Data) -> Tensor:
+    """uint8 HR [B, 3, hr, hr] to the teacher's input."""
+    return normalise(pixels, data)
+
+
+def lr_input(pixels: Tensor, data: Data) -> Tensor:
+    """uint8 HR [B, 3, hr, hr] to the student's input: degraded to 8-bit LR images first."""
+    return normalise(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias), data)
+
+
+def upsampled_input(pixels: Tensor, data: Data) -> Tensor:
+    """uint8 HR to what a teacher gets of an LR image: degraded, then bicubic back to hr px."""
+    x = to_float(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias))
+    x = F.interpolate(x, size=(data.hr, data.hr), mode="bicubic", align_corners=False)
+    return normalise(to_uint8(x), data)

@@ -1,0 +1,53 @@
+"""Networks by name. The face that all of them share is described in `shared.models.cifar`."""
+
+import copy
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared.models import cifar, embedding
+
+MODELS: dict[str, Callable[..., nn.Module]] = {**cifar.MODELS, **embedding.MODELS}
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """The network called `name`, freshly initialised.
+
+    kwargs go to its constructor: `classes` (default 100) for the CIFAR family, `size` and `dim`
+    for the small embedding networks. Raises ValueError for an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(_unknown(name))
+    return MODELS[name](**kwargs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trainable or frozen; buffers such as running means are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module, size: int) -> int:
+    """Multiply-accumulates of one [3, size, size] image, classifier included where there is one.
+
+    Counted by torch.utils.flop_counter (two of its FLOPs are one) in a forward pass of a copy
+    without data: convolutions and matrix products, but no batch norm, activation or pooling.
+    """
+    twin: Any = copy.deepcopy(model).to("meta").eval()
+    dtype = next(twin.parameters()).dtype
+    image = torch.empty(1, 3, size, size, device="meta", dtype=dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = twin.features(image)
+        if twin.classes is not None:
+            twin.classify(features)
+    return counter.get_total_flops() // 2
+
+
+def _unknown(name: str) -> str:
+    plain = {known.lower(): known for known in MODELS}
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), plain, n=3)
+    hint = f"; did you mean {' or '.join(plain[match] for match in near)}?" if near else ""
+    return f"unknown model {name!r}{hint} Known models: {', '.join(MODELS)}"

@@ -1,0 +1,118 @@
+"""A backbone with what turns its embedding into logits: the teacher and the student of every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from shared.config import Data, Network
+from shared.data.pipeline import normalise
+from shared.degrade import to_uint8
+from shared.models import checkpoints, create, heads
+
+
+class Recogniser(nn.Module):
+    """backbone(x) -> (embedding [B, D], maps); logits(embedding, label) -> [B, classes].
+
+    With a margin head, `label=None` gives the margin-free s * cos: what logit distillation and
+    scoring use.
+    """
+
+    def __init__(self, network: Network, size: int, classes: int) -> None:
+        super().__init__()
+        small = network.name.startswith("small-")
+        kwargs: dict[str, Any] = {"size": size} if small else {"classes": classes}
+        self.backbone: Any = create(network.name, **kwargs)
+        self.head: nn.Module | None = None
+        if network.head == "softmax":
+            if small:
+                raise ValueError(
+                    f"{network.name} has no classifier of its own: give it --student.head or "
+                    "--teacher.head arcface or cosface"
+                )
+        else:
+            head = heads.ArcFace if network.head == "arcface" else heads.CosFace
+            self.head = head(
+                self.backbone.dim, classes, scale=network.scale, margin=network.margin
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.backbone.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> embedding [B, D]."""
+        return self.backbone(x)[0]
+
+    def logits(self, embedding: Tensor, label: Tensor | None = None) -> Tensor:
+        """[B, D] -> [B, classes] float32."""
+        if self.head is None:
+            return self.backbone.classify(embedding).float()
+        return self.head(embedding, label)
+
+
+class Student(nn.Module):
+    """A trained student as it goes on a camera: LR images at native size in, one tensor out.
+
+    forward(x): x [B, 3, lr, lr], uint8 or float in [0, 1]. Faces: embedding [B, D], to be
+    compared by cosine. Objects: logits [B, classes].
+    """
+
+    def __init__(self, recogniser: Recogniser, data: Data, task: str) -> None:
+        super().__init__()
+        self.recogniser, self.data, self.task = recogniser, data, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = to_uint8(x) if x.is_floating_point() else x
+        embedding = self.recogniser(normalise(pixels, self.data))
+        return embedding if self.task == "faces" else self.recogniser.logits(embedding)
+
+
+def save(recogniser: Recogniser, path: Path, **metadata: str) -> None:
+    """Weights of backbone and head as safetensors, whole or not at all."""
+    checkpoints.save_safetensors(recogniser, path, metadata)
+
+
+def restore(recogniser: Recogniser, path: Path) -> None:
+    """Load what `save` wrote. Raises ValueError if it does not fit."""
+    try:
+        checkpoints.load_backbone(recogniser, path)
+    except ValueError as error:
+        raise ValueError(f"a checkpoint of another architecture: {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `save` was told beside the weights."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def load_trained(
+    folder: Path, network: Network, data: Data, arm: str, *, best: bool = False
+) -> Student:
+    """The student that a run kept under `arm`. Raises ValueError, naming those there are."""
+    path = folder / "students" / f"{arm}{'-best' if best else ''}.safetensors"
+    if not path.is_file():
+        there = sorted(p.stem for p in (folder / "students").glob("*.safetensors"))
+        raise ValueError(f"{folder}: no student {path.stem!r} (there are: {', '.join(there)})")
+    metadata = read_metadata(path)
+    recogniser = Recogniser(network, data.lr, int(metadata["classes"]))
+    restore(recogniser, path)
+    return Student(recogniser.eval(), data, metadata["task"])
+
+
+@torch.no_grad()
+def class_means(recogniser: Recogniser, embeddings: Tensor, labels: Tensor) -> None:
+    """Fit a margin head to a finished backbone: each weight the mean unit embedding of its class.
+
+    embeddings: [N, D], labels: [N]. For a public backbone that comes without its classifier.
+    """
+    assert recogniser.head is not None
+    weight: Tensor = recogniser.head.weight  # type: ignore[assignment]
+    unit = nn.functional.normalize(embeddings.float(), dim=1).to(weight.device)
+    weight.zero_().index_add_(0, labels.to(weight.device), unit)
+    weight.copy_(nn.functional.normalize(weight, dim=1))

@@ -1,0 +1,170 @@
+"""A run's result table: results.json, arrays.npz, and the table as text."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.config import SCHEMA, Data
+from shared.data import Evaluation
+from shared.data.pipeline import hr_input, upsampled_input
+from shared.degrade import low
+from shared.evaluate.intervals import paired
+from shared.evaluate.score import COLUMNS, Score, score
+from shared.models import count_parameters, macs
+from shared.models.recogniser import Student
+from shared.run import write_bytes, write_text
+from shared.teacher import FrozenTeacher
+
+EXAMPLES = 6  # pairs of each kind kept for the report
+POINTS_PER_CLASS, POINT_CLASSES = 400, 10  # of the t-SNE, as in CRRCD's Fig. 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    score: Score
+    parameters: int
+    macs: int  # of one image, multiply-accumulates
+
+
+def student_row(student: Student, evaluation: Evaluation) -> Row:
+    """The student on LR images made from the evaluation's HR ones."""
+    data, backbone = student.data, student.recogniser.backbone
+
+    def network(pixels: torch.Tensor) -> torch.Tensor:
+        return student(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias))
+
+    found = score(network, evaluation)
+    return Row(found, count_parameters(backbone), macs(backbone, data.lr))
+
+
+def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> dict[str, Row]:
+    """The teacher on HR images, and on LR images up-sampled to its size."""
+    backbone = teacher.recogniser.backbone
+    cost = count_parameters(backbone), macs(backbone, data.hr)
+    device = next(teacher.parameters()).device
+    rows = {}
+    for name, view in (("teacher, HR", hr_input), ("teacher, LR", upsampled_input)):
+
+        def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
+            return teacher.output(view(pixels.to(device), data), evaluation.task)
+
+        rows[name] = Row(score(network, evaluation), *cost)
+    return rows
+
+
+def write(folder: Path, rows: Mapping[str, Row], evaluation: Evaluation, *, reference: str) -> None:
+    """results.json (numbers with intervals, and paired differences to `reference`) and arrays.npz
+    (per-item outcomes, pair scores, points and example pairs, for pooling and for the report)."""
+    columns = COLUMNS[evaluation.task]
+    table: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, row in rows.items():
+        cells = {}
+        for column in columns:
+            interval = row.score.interval(column)
+            cells[column] = {"value": interval.mean, "low": interval.low, "high": interval.high}
+            arrays[f"{name}/correct/{column}"] = np.packbits(row.score.correct[column])
+            if reference in rows and name != reference:
+                base = rows[reference].score
+                gain = paired(
+                    100.0 * row.score.correct[column],
+                    100.0 * base.correct[column],
+                    base.groups[column],
+                )
+                cells[column]["difference"] = {
+                    "value": gain.mean, "low": gain.low, "high": gain.high
+                }  # fmt: skip
+        table[name] = {
+            "cells": cells,
+            "metrics": row.score.metrics,
+            "parameters": row.parameters,
+            "macs": row.macs,
+        }
+    some = next(iter(rows.values())).score
+    for column in columns:
+        arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
+    _figures(arrays, rows, evaluation)
+    record = {
+        "schema": SCHEMA,
+        "evaluation": evaluation.name,
+        "task": evaluation.task,
+        "columns": columns,
+        "reference": reference if reference in rows else None,
+        "rows": table,
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(folder / "arrays.npz", buffer.getvalue())
+    write_text(folder / "results.json", json.dumps(record, indent=1))
+
+
+def table(folder: Path) -> str:
+    """The table of a run folder as text: 95 % intervals, paired differences to the reference."""
+    record = json.loads((folder / "results.json").read_text())
+    columns, reference = record["columns"], record["reference"]
+    head = ["", "parameters", "MACs"]
+    for heading in columns.values():
+        head += [f"{heading} [95 %]"] + ([f"minus {reference} [95 %]"] if reference else [])
+    lines = [head]
+    for name, row in record["rows"].items():
+        line = [name, f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M"]
+        for column in columns:
+            cell = row["cells"][column]
+            line.append(f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
+            if reference:
+                gain = cell.get("difference")
+                line.append(
+                    f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else ""
+                )
+        lines.append(line)
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    text = [
+        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    split = f"{record['evaluation']} split, last epoch; intervals by bootstrap over "
+    by = "identities" if record["task"] == "faces" else "images"
+    return "\n".join([*text, "", split + by + f"; report: {folder / 'report.html'}"])
+
+
+def _figures(
+    arrays: dict[str, np.ndarray], rows: Mapping[str, Row], evaluation: Evaluation
+) -> None:
+    """What the report draws: pair scores, points for t-SNE, example pairs."""
+    labels = evaluation.images.labels.numpy()
+    chosen = np.concatenate(
+        [np.flatnonzero(labels == c)[:POINTS_PER_CLASS] for c in np.unique(labels)[:POINT_CLASSES]]
+    )
+    arrays["points/labels"] = labels[chosen]
+    for name, row in rows.items():
+        arrays[f"{name}/points"] = row.score.extra["embeddings"][chosen].astype(np.float32)
+        if "scores" in row.score.extra:
+            arrays[f"{name}/scores"] = row.score.extra["scores"].astype(np.float32)
+            arrays[f"{name}/threshold"] = row.score.extra["threshold"]
+    if evaluation.pairs is None:
+        return
+    first, second, same = evaluation.pairs
+    arrays["pairs/same"] = same.numpy()
+    last = list(rows.values())[-1].score.correct["verification"]  # the paper's student
+    kept = np.concatenate(
+        [
+            np.flatnonzero((last == right) & (same.numpy() == alike))[:EXAMPLES]
+            for right in (True, False)
+            for alike in (True, False)
+        ]
+    )
+    both = torch.stack([first[kept], second[kept]], dim=1)  # [E, 2]
+    _, pixels = next(evaluation.images.batches([both.flatten()]))
+    arrays["examples/pair"] = kept
+    arrays["examples/images"] = pixels.reshape(len(kept), 2, *pixels.shape[1:]).cpu().numpy()

@@ -1,0 +1,144 @@
+"""The high-resolution teacher: trained once, cached by the hash of everything that made it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared import optim
+from shared.config import SCHEMA, Data, Teacher, digest, locate
+from shared.data import DataSet, Task
+from shared.data.pipeline import Loader
+from shared.models import checkpoints
+from shared.models.recogniser import Recogniser, class_means, restore, save
+from shared.run import Run
+
+# Fields of Data that no teacher depends on.
+_STUDENT_ONLY = (
+    "lr", "kernel", "antialias", "development", "test", "on_error", "resident_gib", "workers",
+    "identities", "classes",
+)  # fmt: skip
+
+
+class FrozenTeacher(nn.Module):
+    """x_h [B, 3, hr, hr] -> (e_t [B, D], z_t [B, classes]): no gradient, batch norm frozen.
+
+    The teacher may know more identities than the student is taught; z_t holds the student's.
+    """
+
+    def __init__(self, recogniser: Recogniser, classes: int) -> None:
+        super().__init__()
+        self.recogniser, self.classes = recogniser.eval().requires_grad_(False), classes
+
+    @property
+    def dim(self) -> int:
+        return self.recogniser.dim
+
+    @torch.no_grad()
+    def forward(self, x_h: Tensor) -> tuple[Tensor, Tensor]:
+        e_t = self.recogniser(x_h)
+        return e_t.float(), self.recogniser.logits(e_t)[:, : self.classes]
+
+    @torch.no_grad()
+    def output(self, x_h: Tensor, task: Task) -> Tensor:
+        """What the teacher is scored by: its embedding (faces) or its logits (objects)."""
+        e_t, z_t = self(x_h)
+        return e_t if task == "faces" else z_t
+
+
+def get(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> FrozenTeacher:
+    """The teacher that the configuration names, from the cache, a checkpoint or a training run.
+
+    Interrupted training goes on where it stopped; a second process that wants the same teacher
+    waits for the first. Raises ValueError for a checkpoint that does not fit.
+    """
+    torch.manual_seed(run.config.seed)
+    recogniser = Recogniser(teacher, data.hr, dataset.teacher_classes)
+    run.place(recogniser)
+    if teacher.checkpoint:
+        _load_own(run, recogniser, teacher, data, dataset)
+        return FrozenTeacher(recogniser, dataset.classes)
+    folder = _folder(run, teacher, data, dataset)
+    path = folder / "teacher.safetensors"
+    with _lock(folder) if run.rank == 0 else contextlib.nullcontext():
+        trained = run.broadcast(path.is_file())
+        if not trained:
+            _train(run, recogniser, teacher, data, dataset, folder)
+            if run.rank == 0:
+                save(recogniser, path, teacher=teacher.name, seed=str(run.config.seed))
+    run.broadcast(None)  # nobody reads before it is written
+    restore(recogniser, path)
+    run.say(f"teacher: {teacher.name} {'from' if trained else 'trained, kept in'} {folder}")
+    return FrozenTeacher(recogniser, dataset.classes)
+
+
+def _train(
+    run: Run, recogniser: Recogniser, teacher: Teacher, data: Data, dataset: DataSet, folder: Path
+) -> None:
+    """Cross-entropy on the head's logits, and nothing else."""
+    c = teacher.optim
+    loader = Loader(
+        dataset.teacher_train, data, c.batch, seed=run.config.seed, device=run.device,
+        rank=run.rank, world=run.world,
+    )  # fmt: skip
+    optimiser = optim.sgd(c, [recogniser])
+    net = run.wrap(recogniser)
+    modules = {"teacher": recogniser}
+    recogniser.train()
+    phase = run.phase("teacher", modules, optimiser, loader, c, folder)
+    for batch in phase:
+        with run.autocast():
+            e_t = net(batch.x_h())
+        loss = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = optim.clip(optimiser, c.clip)
+        optimiser.step()
+        phase.log(batch, loss=loss, gradient=norm)
+    recogniser.eval()
+
+
+def _load_own(
+    run: Run, recogniser: Recogniser, teacher: Teacher, data: Data, dataset: DataSet
+) -> None:
+    """A checkpoint of the user's: the whole recogniser, or a backbone whose head is then fitted."""
+    path = Path(teacher.checkpoint).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--teacher.checkpoint {path}: no such file")
+    with contextlib.suppress(ValueError):
+        restore(recogniser, path)  # one that a run here wrote
+        run.say(f"teacher: {path}")
+        return
+    checkpoints.load_backbone(recogniser.backbone, path)
+    run.say(f"teacher: backbone from {path}")
+    if recogniser.head is not None:
+        loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
+        recogniser.eval()
+        with torch.no_grad(), run.autocast():
+            found = [(recogniser(x).float(), y) for _, x, y in loader.plain()]
+        class_means(recogniser, torch.cat([e for e, _ in found]), torch.cat([y for _, y in found]))
+        run.say("teacher: head fitted to the class means of its embeddings")
+
+
+def _folder(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Path:
+    seen = {k: v for k, v in dataclasses.asdict(data).items() if k not in _STUDENT_ONLY}
+    c = run.config
+    made_by = [SCHEMA, seen, teacher, dataset.teacher_classes, len(dataset.teacher_train)]
+    key = digest(*made_by, c.seed, run.precision, c.channels_last, run.world)
+    folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
