@@ -11,9 +11,7 @@ from torch import Tensor
 from shared.losses import nce
 
 
-def critic(
-    cosine: Tensor, *, n: int, m: int, tau: float, log_z: float | Tensor = 0.0
-) -> Tensor:
+def critic(cosine: Tensor, *, n: int, m: int, tau: float, log_z: float | Tensor = 0.0) -> Tensor:
     """Eq. 10: h = e^(cos / tau) / (e^(cos / tau) + n / m), in [0, 1].
 
     cosine: any shape, h_1(v^t) . h_2(v^{t,s}) of unit vectors. n: negatives. m: training-set size.

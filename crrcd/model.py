@@ -168,7 +168,12 @@ class Normaliser(nn.Module):
     seen: Tensor
 
     def __init__(
-        self, mode: Literal["paper", "crd", "crd-ema"], *, m: int, tau: float, momentum: float = 0.99
+        self,
+        mode: Literal["paper", "crd", "crd-ema"],
+        *,
+        m: int,
+        tau: float,
+        momentum: float = 0.99,
     ) -> None:
         super().__init__()
         self.mode, self.m, self.tau, self.momentum = mode, m, tau, momentum
@@ -190,7 +195,7 @@ class Normaliser(nn.Module):
 
 
 class CollapseAlarm:
-    """Watches cos+ - cos-: where it stays at 0 the relations say nothing, and L_rcd teaches nothing.
+    """Watches cos+ - cos-: where it stays at 0, relations say nothing and L_rcd teaches nothing.
 
     say: called with one line after `patience` logged steps in a row below `gap`; the run goes on.
     """

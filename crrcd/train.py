@@ -18,10 +18,10 @@ from crrcd.model import CollapseAlarm, FeatureQueue, Normaliser, RelationCritic,
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
 from shared.data import load
-from shared.data.pipeline import Loader, lr_input
+from shared.data.pipeline import Loader
 from shared.evaluate.score import HEADLINE, score
 from shared.losses import kd, nce
-from shared.models.recogniser import Recogniser, Student, load_trained
+from shared.models.recogniser import Recogniser, Student, load_trained, reader
 from shared.run import Run
 
 __all__ = ["NAME", "RECIPES", "load_student", "train"]
@@ -80,9 +80,7 @@ def train(config: Config) -> Path:
                 barred = i_all[i] if wanted.policy == "supervised" else i_all
                 k = queue.sample(y_all, wanted.n, exclude=barred, policy=wanted.policy,
                                  generator=draws)  # fmt: skip
-                cos_pos, cos_neg = relation(
-                    e_t, e_s, run.own(e_all[i]), queue.features, run.own(k)
-                )
+                cos_pos, cos_neg = relation(e_t, e_s, run.own(e_all[i]), queue.features, run.own(k))
                 log_z = normaliser(run.gather(cos_pos.detach()), run.gather(cos_neg.detach()))
                 rcd = nce(cos_pos, cos_neg, tau=wanted.tau, m=len(data.train), log_z=log_z)
                 queue.push(e_all, y_all, i_all)
@@ -96,9 +94,8 @@ def train(config: Config) -> Path:
             alarm.watch(logged)
             optimiser.step()
             if phase.due(batch):
-                student.eval()
                 with run.autocast():
-                    found = score(lambda x: student(lr_input(x, c)), data.evaluations[data.selection])
+                    found = score(reader(student, c, data.task), data.evaluations[data.selection])
                 phase.keep_best(student, HEADLINE[data.task], found.metrics)
         phase.finish(student, task=data.task, classes=data.classes)
 
@@ -106,7 +103,9 @@ def train(config: Config) -> Path:
     if run.rank == 0:
         test = data.evaluations["test"]
         rows = results.teacher_rows(taught_by, test, c)
-        rows |= {arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)}
+        rows |= {
+            arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)
+        }
         results.write(run.folder, rows, test, reference="alone")
         print(results.table(run.folder))
         if config.report:

@@ -1,7 +1,7 @@
 """The command line of every train.py: a recipe's name, typed overrides, and one line for bad input.
 
-    python train.py [RECIPE] [--seed 3] [--optim.lr .05] ...
-    python train.py --resume RUN
+python train.py [RECIPE] [--seed 3] [--optim.lr .05] ...
+python train.py --resume RUN
 """
 
 from __future__ import annotations

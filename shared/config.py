@@ -143,6 +143,8 @@ class Run:
     """Seconds between two writes of last.ckpt; never changes the result."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    folder: str = ""
+    """The run's folder; empty: RUNS/<paper>/<recipe>-<time>."""
     runs: str = "runs"
     """Where run folders go, from the clone's root or absolute."""
     cache: str = "cache"

@@ -11,9 +11,7 @@ from torch import Tensor
 Kernel = Literal["bicubic", "bilinear", "area", "nearest"]
 
 
-def downsample(
-    x: Tensor, size: int, *, mode: Kernel = "bicubic", antialias: bool = True
-) -> Tensor:
+def downsample(x: Tensor, size: int, *, mode: Kernel = "bicubic", antialias: bool = True) -> Tensor:
     """Resize images to `size` x `size` px.
 
     x: [B, C, H, W] float. Returns [B, C, size, size], unclamped: bicubic over- and undershoots.
@@ -27,9 +25,7 @@ def downsample(
         raise ValueError(f"cannot down-sample {x.shape[-2]}x{x.shape[-1]} px to {size} px")
     if mode in ("area", "nearest"):
         return F.interpolate(x, size=(size, size), mode=mode)
-    return F.interpolate(
-        x, size=(size, size), mode=mode, align_corners=False, antialias=antialias
-    )
+    return F.interpolate(x, size=(size, size), mode=mode, align_corners=False, antialias=antialias)
 
 
 def to_float(pixels: Tensor) -> Tensor:

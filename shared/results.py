@@ -15,12 +15,11 @@ import torch
 from shared.config import SCHEMA, Data
 from shared.data import Evaluation
 from shared.data.pipeline import hr_input, upsampled_input
-from shared.degrade import low
 from shared.evaluate.intervals import paired
 from shared.evaluate.score import COLUMNS, Score, score
+from shared.files import write_bytes, write_text
 from shared.models import count_parameters, macs
-from shared.models.recogniser import Student
-from shared.run import write_bytes, write_text
+from shared.models.recogniser import Student, reader
 from shared.teacher import FrozenTeacher
 
 EXAMPLES = 6  # pairs of each kind kept for the report
@@ -39,11 +38,7 @@ class Row:
 def student_row(student: Student, evaluation: Evaluation) -> Row:
     """The student on LR images made from the evaluation's HR ones."""
     data, backbone = student.data, student.recogniser.backbone
-
-    def network(pixels: torch.Tensor) -> torch.Tensor:
-        return student(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias))
-
-    found = score(network, evaluation)
+    found = score(reader(student.recogniser, data, student.task), evaluation)
     return Row(found, count_parameters(backbone), macs(backbone, data.lr))
 
 
@@ -62,14 +57,21 @@ def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> 
     return rows
 
 
-def write(folder: Path, rows: Mapping[str, Row], evaluation: Evaluation, *, reference: str) -> None:
-    """results.json (numbers with intervals, and paired differences to `reference`) and arrays.npz
-    (per-item outcomes, pair scores, points and example pairs, for pooling and for the report)."""
+def write(
+    folder: Path,
+    rows: Mapping[str, Row],
+    evaluation: Evaluation,
+    *,
+    reference: str,
+    name: str = "results",
+) -> None:
+    """NAME.json (numbers with intervals, and paired differences to `reference`); for the results of
+    a run also arrays.npz (per-item outcomes, pair scores, points and example pairs)."""
     columns = COLUMNS[evaluation.task]
     table: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, row in rows.items():
-        cells = {}
+        cells: dict[str, dict[str, Any]] = {}
         for column in columns:
             interval = row.score.interval(column)
             cells[column] = {"value": interval.mean, "low": interval.low, "high": interval.high}
@@ -90,10 +92,6 @@ def write(folder: Path, rows: Mapping[str, Row], evaluation: Evaluation, *, refe
             "parameters": row.parameters,
             "macs": row.macs,
         }
-    some = next(iter(rows.values())).score
-    for column in columns:
-        arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
-    _figures(arrays, rows, evaluation)
     record = {
         "schema": SCHEMA,
         "evaluation": evaluation.name,
@@ -102,15 +100,20 @@ def write(folder: Path, rows: Mapping[str, Row], evaluation: Evaluation, *, refe
         "reference": reference if reference in rows else None,
         "rows": table,
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_bytes(folder / "arrays.npz", buffer.getvalue())
-    write_text(folder / "results.json", json.dumps(record, indent=1))
+    if name == "results":
+        some = next(iter(rows.values())).score
+        for column in columns:
+            arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
+        _figures(arrays, rows, evaluation)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_bytes(folder / "arrays.npz", buffer.getvalue())
+    write_text(folder / f"{name}.json", json.dumps(record, indent=1))
 
 
-def table(folder: Path) -> str:
-    """The table of a run folder as text: 95 % intervals, paired differences to the reference."""
-    record = json.loads((folder / "results.json").read_text())
+def table(folder: Path, name: str = "results") -> str:
+    """NAME.json of a run folder as text: 95 % intervals, paired differences to the reference."""
+    record = json.loads((folder / f"{name}.json").read_text())
     columns, reference = record["columns"], record["reference"]
     head = ["", "parameters", "MACs"]
     for heading in columns.values():
@@ -124,18 +127,20 @@ def table(folder: Path) -> str:
             if reference:
                 gain = cell.get("difference")
                 line.append(
-                    f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else ""
+                    f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+                    if gain
+                    else ""
                 )
         lines.append(line)
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    text = [
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths)))
-        for line in lines
-    ]
+    text = []
+    for first, *rest in lines:
+        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *padded]))
     text.insert(1, "-" * len(text[0]))
     split = f"{record['evaluation']} split, last epoch; intervals by bootstrap over "
     by = "identities" if record["task"] == "faces" else "images"
-    return "\n".join([*text, "", split + by + f"; report: {folder / 'report.html'}"])
+    return "\n".join([*text, "", split + by, f"written to {folder}"])
 
 
 def _figures(

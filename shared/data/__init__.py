@@ -85,14 +85,16 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
 
 
 def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
-    faces = procedural.Faces(
-        size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine
-    )
+    faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
     identities = max(data.identities, teacher_identities)
     pixels, labels = procedural.split(faces, "train", identities, data.instances, cache=cache)
     own = data.identities * data.instances  # ordered by identity: the student's come first
-    evaluations = {}
-    for name, count in (("development", data.development), ("test", data.test)):
+    evaluations: dict[str, Evaluation] = {}
+    held_out: dict[Literal["development", "test"], int] = {
+        "development": data.development,
+        "test": data.test,
+    }
+    for name, count in held_out.items():
         images = Resident(*procedural.split(faces, name, count, TEST_INSTANCES, cache=cache))
         evaluations[name] = _face_evaluation(name, images)
     return DataSet(
@@ -110,13 +112,30 @@ def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
 TEST_INSTANCES = 6  # images of each development or test identity: one in the gallery, five probes
 
 
-def shifted(data: Data, *, cache: Path) -> Evaluation:
-    """faces: the test identities under other lighting, noise, blur and compression."""
-    faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
-    images = Resident(
-        *procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
-    )
-    return _face_evaluation("shifted", images)
+def evaluation(data: Data, name: str, root: str, *, cache: Path, task: Task) -> Evaluation:
+    """Something else to score a trained student on.
+
+    name: "shifted" (faces: the test identities under other lighting, noise, blur, compression),
+    "folder" (ROOT/<class>/*; the classes in sorted order, or identities), or a split of the data
+    set that `data` names ("test", "development").
+    Raises ValueError, naming what there is, for anything else.
+    """
+    if name == "folder":
+        images, _ = classification.labelled_folder(Path(root).expanduser(), data)
+        if task == "faces":
+            return _face_evaluation(root, images)
+        return Evaluation(root, task, images)
+    if name == "shifted" and data.name == "faces":
+        faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
+        found = procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
+        return _face_evaluation("shifted", Resident(*found))
+    splits = load(data, cache=cache).evaluations
+    if name not in splits:
+        more = ", shifted, native" if data.name == "faces" else ""
+        raise ValueError(
+            f"--on {name}: no such split (there are: {', '.join(splits)}{more}, folder)"
+        )
+    return splits[name]
 
 
 def _face_evaluation(name: str, images: Images) -> Evaluation:

@@ -165,6 +165,14 @@ def _folder(data: Data) -> Parts:
     )
 
 
+def labelled_folder(folder: Path, data: Data) -> tuple[Images, list[str]]:
+    """FOLDER/<class>/* as images of `data.hr` px, and the files left out."""
+    if not folder.is_dir():
+        raise ValueError(f"--root {folder}: no such folder")
+    files, labels, _ = _scan(folder)
+    return _images(files, labels, data)
+
+
 def _scan(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Image files, their class numbers, and the class names in sorted order."""
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
@@ -188,7 +196,8 @@ def _images(files: list[Path], labels: list[int], data: Data) -> tuple[Images, l
         stream = Streaming(decode, numbers, workers=data.workers, on_error=data.on_error)
         return stream, []
     pixels = torch.empty((len(files), 3, data.hr, data.hr), dtype=torch.uint8)
-    kept, skipped = [], []
+    kept: list[int] = []
+    skipped: list[str] = []
     for number, path in enumerate(tqdm(files, desc="decoding", leave=False, disable=None)):
         try:
             pixels[len(kept)] = decode(number)

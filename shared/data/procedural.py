@@ -46,6 +46,7 @@ VERSION = 1  # raised whenever a pixel changes
 RANGE = 1_000_000  # identities a split may have
 FIRST = {"train": 0, "development": RANGE, "test": 2 * RANGE, "shifted": 2 * RANGE}
 NATIVE_FIRST = 3 * RANGE
+HATS = 0.33  # share of the pictures in which the head is covered
 CHUNK = 16  # instances of one identity drawn together: the working set stays in the L2 cache
 
 Array = np.ndarray
@@ -74,17 +75,17 @@ class Faces:
 
 # name: (mean, spread at knob 1); lengths in units of half the image
 _COARSE = {
-    "width": (0.475, 0.05), "height": (0.62, 0.05), "jaw": (0.20, 0.12), "square": (0.25, 0.28),
+    "width": (0.475, 0.04), "height": (0.62, 0.045), "jaw": (0.20, 0.10), "square": (0.25, 0.28),
     "ear": (0.11, 0.02), "neck": (0.25, 0.035), "eye_y": (-0.03, 0.025), "eye_x": (0.215, 0.025),
     "eye_w": (0.140, 0.018), "nose_y": (0.215, 0.03), "nose_w": (0.085, 0.02),
     "mouth_y": (0.370, 0.025), "mouth_w": (0.165, 0.03), "brow_gap": (0.155, 0.02),
     "undertone": (0.0, 0.035),
 }  # fmt: skip
 _FINE = {
-    "eye_h": (0.068, 0.010), "slant": (0.06, 0.10), "lid": (0.045, 0.012), "iris": (0.074, 0.006),
-    "pupil": (0.40, 0.08), "brow_tilt": (0.05, 0.13), "brow_arch": (0.035, 0.025),
-    "brow_thick": (0.030, 0.009), "brow_length": (0.155, 0.018), "nostril": (0.022, 0.004),
-    "bridge": (0.35, 0.18), "lip_up": (0.034, 0.009), "lip_low": (0.046, 0.010),
+    "eye_h": (0.070, 0.012), "slant": (0.06, 0.13), "lid": (0.045, 0.012), "iris": (0.076, 0.006),
+    "pupil": (0.40, 0.08), "brow_tilt": (0.03, 0.16), "brow_arch": (0.035, 0.030),
+    "brow_thick": (0.032, 0.011), "brow_length": (0.155, 0.020), "nostril": (0.022, 0.004),
+    "bridge": (0.35, 0.18), "lip_up": (0.035, 0.011), "lip_low": (0.047, 0.013),
     "bow": (0.012, 0.010), "corner": (0.0, 0.016), "blush": (0.16, 0.10),
 }  # fmt: skip
 _COARSE_U = ("skin", "hair", "length", "volume", "fringe", "hairline", "part", "curl", "masculine",
@@ -92,7 +93,7 @@ _COARSE_U = ("skin", "hair", "length", "volume", "fringe", "hairline", "part", "
 _FINE_U = ("iris_hue", "iris_ring", "iris_light", "lip_hue", "lip_tone", "brow_texture", "brow_tone",
            "strands", "freckles", "wrinkles", "scar", "scar_x", "scar_y", "scar_turn", "lens",
            "rim", "lashes", "moustache", "iris_turn", "bags")  # fmt: skip
-_MOLES, _FRECKLES = 8, 44
+_MOLES, _FRECKLES = 10, 44
 
 _SKIN = [(0.99, 0.87, 0.79), (0.95, 0.78, 0.67), (0.88, 0.67, 0.53), (0.76, 0.54, 0.40),
          (0.58, 0.39, 0.27), (0.40, 0.26, 0.18)]  # fmt: skip
@@ -215,6 +216,7 @@ class _Person:
     looks: torch.Tensor  # [styles, 4, A, A] premultiplied RGB and alpha, without cloth
     cloth: torch.Tensor  # [styles, A, A] visible cloth, to be coloured
     normals: torch.Tensor  # [3, A, A] surface normals, z towards the camera
+    hats: torch.Tensor  # [3, 2, A, A] where a beanie, a cap, a headscarf is; the same times its light
     gloss: torch.Tensor  # [A, A] strength of the highlight
     bases: torch.Tensor  # [8, h, h] displacements
     pivot: float  # height of the neck's turning point
@@ -384,7 +386,7 @@ def _person(faces: Faces, identity: int) -> _Person:
 
     # eyes and brows
     iris = _along(_IRIS, p.iris_hue * (1 - 0.6 * _ramp(p.skin, 0.5, 0.9)))
-    brow_hair = hair * np.float32(0.55 + 0.4 * p.brow_tone)
+    brow_hair = hair * np.float32(0.35 + 0.65 * p.brow_tone)
     for sign in (-1, 1):
         where, u, v = at(sign * p.eye_x, p.eye_y, p.eye_w + 0.09, 0.17)
         u = u * sign  # outwards
@@ -465,6 +467,7 @@ def _person(faces: Faces, identity: int) -> _Person:
         looks=torch.from_numpy(np.stack([a for a, _ in styles]).astype(np.float32)),
         cloth=torch.from_numpy(np.stack([b for _, b in styles]).astype(np.float32)),
         normals=torch.from_numpy(normals.astype(np.float32)),
+        hats=torch.from_numpy(_hats(s, p, volume)),
         gloss=torch.from_numpy(gloss.astype(np.float32)),
         bases=torch.from_numpy(_bases(s, p)),
         pivot=yc + high,
@@ -499,6 +502,26 @@ def _glasses(s: SimpleNamespace, p: SimpleNamespace, at: Callable, fill: Callabl
     lines = np.maximum(lines, _cover(s, np.maximum(np.abs(v + 0.02) - rim, np.abs(u) - p.eye_x + rx)))
     temples = np.maximum(np.abs(v + 0.03) - rim, np.maximum(p.eye_x + rx - np.abs(u), np.abs(u) - p.width))
     fill(front, 0.92 * np.maximum(lines, _cover(s, temples)), colour, where)
+
+
+def _hats(s: SimpleNamespace, p: SimpleNamespace, volume: float) -> Array:
+    """Headgear that fits this head. An instance may wear it, so that hair is no sure sign."""
+    x, y, yc = s.x, s.y, -0.06
+    wide, high = p.width + 0.5 * volume + 0.05, p.height + 0.7 * volume + 0.05
+    dome = (np.sqrt((x / wide) ** 2 + ((y - yc) / high) ** 2) - 1) * wide
+    rim = yc - 0.36 * p.height + 0.10 * (x / wide) ** 2
+    knit = 0.85 + 0.15 * np.sin(60 * x)
+    beanie = _cover(s, np.maximum(dome, y - rim))
+    cuff = np.where(y > rim - 0.13, 0.75, 1.0)
+    brim = (np.sqrt((x / (0.95 * p.width)) ** 2 + ((y - rim - 0.01) / 0.075) ** 2) - 1) * 0.075
+    cap = np.maximum(beanie, _cover(s, brim))
+    peak = np.where(brim < 0, 0.65, 1.0)
+    drape = np.where(y < yc, dome, np.abs(x) - wide - 0.16 * np.clip(y - yc, 0, 1) ** 2)
+    face = np.sqrt((x / (0.88 * p.width)) ** 2 + ((y - yc - 0.05) / (0.92 * p.height)) ** 2) - 1
+    scarf = _cover(s, np.maximum(drape, -face * p.width))
+    fold = 0.80 + 0.25 * s.strands[3] - 0.35 * np.exp(-((face * 7) ** 2))
+    hats = ((beanie, cuff * knit), (cap, peak), (scarf, fold))
+    return np.stack([np.stack([m, m * light]) for m, light in hats]).astype(np.float32)
 
 
 _YAW, _SMILE_X, _GAZE, _DEPTH, _SMILE_Y, _OPEN, _BROWS, _LIDS = range(8)
@@ -550,6 +573,13 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
     style = torch.from_numpy((uniform[:, 0] * 6).astype(np.int64))
     canvas = person.looks[style]
     cloth = person.cloth[style]
+    for i in np.flatnonzero(uniform[:, 20] < HATS):
+        mask, light = person.hats[int(uniform[i, 20] * (3 / HATS))]
+        canvas[i].mul_(1 - mask)
+        canvas[i, 3] += mask
+        cloth[i].mul_(1 - mask)
+        for k in range(3):
+            canvas[i, k] += light * v["hat"][i, k]
     nx, ny, nz = person.normals
     lambert = (nx * col("light", 0)).add_(ny * col("light", 1)).add_(nz * col("light", 2)).clamp_(0)
     spot = lambert * lambert
@@ -590,6 +620,8 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
     for k in range(3):
         scene = (blend * col("scene", k)).add_(glow * col("scene", k + 3)).add_(col("scene", k + 6))
         image[:, k].add_(scene.clamp_(0, 1).mul_(gap)).mul_(col("gain", k))
+    grey = image[:, 0].add(image[:, 1]).add_(image[:, 2]).mul_(1 / 3).mul_(col("faded"))
+    image.mul_(1 - col("faded")[:, None]).add_(grey[:, None])
     if shifted:
         image = _worsen(image, v)
     image = image.add(noise.mul_(v["noise"][:, None, None, None]))
@@ -606,14 +638,15 @@ def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array
     zoom = 1 / (1.06 + 0.06 * n[3])
     cos, sin = np.cos(roll) * zoom, np.sin(roll) * zoom
     shift_x, shift_y = 0.05 * n[4], 0.05 * n[5] - 0.02
-    affine = np.stack([cos, sin, -shift_x, -sin, cos, -shift_y], 1)
+    aspect = 1 + 0.04 * n[16]
+    affine = np.stack([cos * aspect, sin, -shift_x, -sin * aspect, cos, -shift_y], 1)
 
     side, above = 0.6 * far * n[6] - yaw, -0.30 * far * n[7] - 0.35
     length = np.sqrt(1 + side**2 + above**2)
     light = np.stack([side / length, above / length, 1 / length], 1)
     contrast = 0.30 + 0.55 * u[5] if not shifted else 0.65 + 0.45 * u[5]
-    exposure = 1.0 + 0.13 * far * n[8]
-    warm, green = 0.055 * far * n[9], 0.012 * n[10]
+    exposure = 1.0 + 0.16 * far * n[8]
+    warm, green = 0.075 * far * n[9], 0.012 * n[10]
     gain = np.stack([1 + warm, 1 + green - 0.1 * warm, 1 - warm], 1) * exposure[:, None]
 
     smile, opening = 0.02 + 0.035 * n[11], 0.075 * np.clip(n[12] - 0.3, 0, 1)
@@ -633,6 +666,7 @@ def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array
         highlight=u[14] * 0.8, gain=gain, move=move, noise=noise,
         cloth=muted(0.12 + 0.75 * u[15], 0.6 * u[16], u[17]),
         scene=np.concatenate([blend, glow, scene], 1),
+        hat=muted(0.12 + 0.70 * u[21], 0.6 * u[22], u[23]), faded=0.7 * u[24],
         blur=0.10 + 0.14 * u[18], levels=0.03 + 0.09 * u[19],
     )  # fmt: skip
     return {k: a.astype(np.float32) for k, a in out.items()}

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from shared.data import Evaluation
+from shared.data import Evaluation, procedural
+from shared.degrade import to_float, to_uint8
 from shared.evaluate.classify import classification
-from shared.evaluate.identify import closed_set
+from shared.evaluate.identify import closed_set, open_set
 from shared.evaluate.intervals import Interval, bootstrap
 from shared.evaluate.verify import flip_sum, histogram_statistics, verification
 
@@ -59,6 +61,38 @@ def embed(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> tuple[
         if evaluation.task == "faces":
             mirrored.append(network(pixels.flip(-1)).float().cpu())
     return torch.cat(plain), torch.cat(mirrored) if mirrored else torch.empty(0)
+
+
+@torch.inference_mode()
+def score_native(
+    network: Callable[[Tensor], Tensor], native: procedural.Native, size: int
+) -> dict[str, float]:
+    """Identification of faces at their native sizes, 6 to 60 px: closed-set rank-k of the mated
+    probes, and open-set TPIR20 at FPIR with the unmated ones (the QMUL-SurvFace protocol).
+
+    network: uint8 LR [B, 3, size, size] -> [B, D]. Each face is resized to size x size by
+    antialiased bicubic; an identity's gallery images are summed. Percent.
+    """
+    resized = torch.cat(
+        [
+            to_uint8(F.interpolate(to_float(torch.as_tensor(image))[None], size=(size, size),
+                                   mode="bicubic", antialias=True))
+            for image in native.images
+        ]
+    )  # fmt: skip
+    parts = resized.split(BATCH)
+    e = flip_sum(
+        torch.cat([network(x).float() for x in parts]),
+        torch.cat([network(x.flip(-1)).float() for x in parts]),
+    )
+    ids, role = torch.as_tensor(native.ids), np.asarray(native.role)
+    gallery, mated, unmated = (torch.as_tensor(role == r) for r in ("gallery", "mated", "unmated"))
+    known = ids[gallery].unique()
+    template = torch.stack([e[gallery][ids[gallery] == i].mean(0) for i in known])
+    closed = closed_set(e[mated], ids[mated], template, known)
+    opened = open_set(e[mated], ids[mated], e[unmated], template, known)
+    found = {f"rank{k}": 100 * v for k, v in closed.cmc.items()}
+    return found | {f"tpir20_at_fpir_{f:g}": 100 * v for f, v in opened.tpir.items()}
 
 
 def score(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> Score:

@@ -1,17 +1,19 @@
-"""A backbone with what turns its embedding into logits: the teacher and the student of every run."""
+"""A backbone and what makes logits of its embedding: the teacher and student of every run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from shared.config import Data, Network
+from shared.data import Task
 from shared.data.pipeline import normalise
-from shared.degrade import to_uint8
+from shared.degrade import low, to_uint8
 from shared.models import checkpoints, create, heads
 
 
@@ -26,7 +28,7 @@ class Recogniser(nn.Module):
         super().__init__()
         small = network.name.startswith("small-")
         kwargs: dict[str, Any] = {"size": size} if small else {"classes": classes}
-        self.backbone: Any = create(network.name, **kwargs)
+        self.backbone = create(network.name, **kwargs)
         self.head: nn.Module | None = None
         if network.head == "softmax":
             if small:
@@ -36,13 +38,11 @@ class Recogniser(nn.Module):
                 )
         else:
             head = heads.ArcFace if network.head == "arcface" else heads.CosFace
-            self.head = head(
-                self.backbone.dim, classes, scale=network.scale, margin=network.margin
-            )
+            self.head = head(self.dim, classes, scale=network.scale, margin=network.margin)
 
     @property
     def dim(self) -> int:
-        return self.backbone.dim
+        return int(self.backbone.dim)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embedding [B, D]."""
@@ -51,7 +51,7 @@ class Recogniser(nn.Module):
     def logits(self, embedding: Tensor, label: Tensor | None = None) -> Tensor:
         """[B, D] -> [B, classes] float32."""
         if self.head is None:
-            return self.backbone.classify(embedding).float()
+            return self.backbone.classify(embedding).float()  # type: ignore[operator]
         return self.head(embedding, label)
 
 
@@ -62,7 +62,7 @@ class Student(nn.Module):
     compared by cosine. Objects: logits [B, classes].
     """
 
-    def __init__(self, recogniser: Recogniser, data: Data, task: str) -> None:
+    def __init__(self, recogniser: Recogniser, data: Data, task: Task) -> None:
         super().__init__()
         self.recogniser, self.data, self.task = recogniser, data, task
 
@@ -70,6 +70,21 @@ class Student(nn.Module):
         pixels = to_uint8(x) if x.is_floating_point() else x
         embedding = self.recogniser(normalise(pixels, self.data))
         return embedding if self.task == "faces" else self.recogniser.logits(embedding)
+
+
+def reader(recogniser: Recogniser, data: Data, task: Task) -> Callable[[Tensor], Tensor]:
+    """The network as evaluators call it: uint8 HR images, degraded here, to what is scored.
+
+    Puts the recogniser into evaluation mode.
+    """
+    student = Student(recogniser.eval(), data, task)
+    device = next(recogniser.parameters()).device
+
+    def read(pixels: Tensor) -> Tensor:
+        pixels = pixels.to(device)
+        return student(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias))
+
+    return read
 
 
 def save(recogniser: Recogniser, path: Path, **metadata: str) -> None:
@@ -102,7 +117,7 @@ def load_trained(
     metadata = read_metadata(path)
     recogniser = Recogniser(network, data.lr, int(metadata["classes"]))
     restore(recogniser, path)
-    return Student(recogniser.eval(), data, metadata["task"])
+    return Student(recogniser.eval(), data, cast(Task, metadata["task"]))
 
 
 @torch.no_grad()

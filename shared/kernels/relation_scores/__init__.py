@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shared.kernels.relation_scores import reference
+from shared.kernels.relation_scores import cpu, reference
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 
 
 def relation_scores(
@@ -27,8 +27,10 @@ def relation_scores(
     Differentiates query, anchor, bank, weight and bias. Source: CRRCD Sec. III-A and Eq. 10, with
     the two linear maps after the ReLU merged into `weight` and `bias`.
 
-    backend: "auto" or "reference", which holds [B, K, d] and [B, K, e] tensors.
-    Raises ValueError for another backend and for shapes that do not fit.
+    backend: "reference" is the equation under autograd, which keeps several [B, K, d] tensors;
+    "cpu" goes a few queries at a time with a backward of its own and keeps one; "auto" is "cpu"
+    for CPU tensors. Raises ValueError for another backend, for "cpu" on another device and for
+    shapes that do not fit.
     """
     if backend not in BACKENDS:
         raise ValueError(f"relation_scores has no backend {backend!r}; there are: {BACKENDS}")
@@ -39,4 +41,8 @@ def relation_scores(
             f"{tuple(bank.shape)}, index {tuple(index.shape)}, weight {tuple(weight.shape)} "
             "do not fit [B,e], [B,d], [M,d], [B,K], [d,e]"
         )
-    return reference.relation_scores(query, anchor, bank, index, weight, bias, temperature)
+    on_cpu = query.device.type == "cpu"
+    if backend == "cpu" and not on_cpu:
+        raise ValueError(f"relation_scores: backend 'cpu' takes CPU tensors, not {query.device}")
+    path = cpu if on_cpu and backend != "reference" else reference
+    return path.relation_scores(query, anchor, bank, index, weight, bias, temperature)

@@ -1,0 +1,63 @@
+"""Every check of the project: `nox` runs lint, types and tests; `nox -l` lists the rest.
+
+`nox -r` keeps the virtual environments between calls.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = True
+ENVIRONMENT = {"OMP_NUM_THREADS": "2", "MPLBACKEND": "Agg"}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and format of imports."""
+    session.install("ruff>=0.14,<0.16")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy over the packages."""
+    session.install("-e", ".", "mypy>=1.18,<3", "types-tqdm")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite without what is marked slow or gpu: under 10 minutes on 2 cores."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "-m", "not slow and not gpu", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests marked slow."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "-m", "slow", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def smoke(session: nox.Session) -> None:
+    """`nox -s smoke -- crrcd`: the smoke recipe of a paper (default: all), from its own folder."""
+    session.install("-e", ".")
+    for paper in session.posargs or ["crrcd"]:
+        with session.chdir(paper):
+            session.run("python", "train.py", "smoke")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Kernel benchmarks: ratios to the reference, measured side by side in one process."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "benchmarks", *session.posargs, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Tests marked gpu: needs a CUDA device."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "-m", "gpu", *session.posargs)
