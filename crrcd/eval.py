@@ -10,7 +10,8 @@ from crrcd.config import Config, arms
 from crrcd.train import NAME, load_student
 from shared import cli, results
 from shared.config import locate
-from shared.data import evaluation, procedural
+from shared.data import procedural
+from shared.data.sets import evaluation
 from shared.evaluate.score import score_native
 from shared.files import write_text
 

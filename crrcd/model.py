@@ -44,14 +44,15 @@ class RelationCritic(nn.Module):
     def forward(
         self, e_t: Tensor, e_s: Tensor, partner: Tensor, queue: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cosines of the positive [B] and of the negatives [B, n], in float32.
+        """Cosines of the positive [B] and of the negatives [B, n], in float32 also under autocast.
 
         e_t: [B, D_t], e_s: [B, D_s] of samples j. partner: [B, D_t], teacher features of i != j.
         queue: [M, D_t] teacher features, index: [B, n] of them as the k of v^t_{i,k}.
         query = norm(h_2 F^{t,s}(e^t_i, e^s_j)); keys = norm(h_1 F^t(e^t_i, e^t_j or e^t_k)).
         """
         with torch.autocast(e_s.device.type, enabled=False):
-            query = F.normalize(self.h2(self.F_ts(partner, e_s.float())), dim=-1)
+            e_s = e_s.to(torch.promote_types(e_s.dtype, torch.float32))
+            query = F.normalize(self.h2(self.F_ts(partner, e_s)), dim=-1)
             # phi and h_1 are linear after linear: one matrix and one bias
             weight = self.F_t.phi.weight.T @ self.h1.weight.T
             bias = self.h1(self.F_t.phi.bias)

@@ -17,8 +17,8 @@ from crrcd.losses import L_total
 from crrcd.model import CollapseAlarm, FeatureQueue, Normaliser, RelationCritic, derangement
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
-from shared.data import load
 from shared.data.pipeline import Loader
+from shared.data.sets import load
 from shared.evaluate.score import HEADLINE, score
 from shared.losses import kd, nce
 from shared.models.recogniser import Recogniser, Student, load_trained, reader

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from shared.config import SCHEMA, Data
-from shared.data import Evaluation
 from shared.data.pipeline import hr_input, upsampled_input
+from shared.data.sets import Evaluation
 from shared.evaluate.intervals import paired
 from shared.evaluate.score import COLUMNS, Score, score
 from shared.files import write_bytes, write_text
@@ -70,13 +70,13 @@ def write(
     columns = COLUMNS[evaluation.task]
     table: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    for name, row in rows.items():
+    for who, row in rows.items():
         cells: dict[str, dict[str, Any]] = {}
         for column in columns:
             interval = row.score.interval(column)
             cells[column] = {"value": interval.mean, "low": interval.low, "high": interval.high}
-            arrays[f"{name}/correct/{column}"] = np.packbits(row.score.correct[column])
-            if reference in rows and name != reference:
+            arrays[f"{who}/correct/{column}"] = np.packbits(row.score.correct[column])
+            if reference in rows and who != reference:
                 base = rows[reference].score
                 gain = paired(
                     100.0 * row.score.correct[column],
@@ -86,7 +86,7 @@ def write(
                 cells[column]["difference"] = {
                     "value": gain.mean, "low": gain.low, "high": gain.high
                 }  # fmt: skip
-        table[name] = {
+        table[who] = {
             "cells": cells,
             "metrics": row.score.metrics,
             "parameters": row.parameters,

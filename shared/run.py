@@ -167,6 +167,8 @@ class Run:
         if self.world == 1:
             return
         grads = [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+        if not grads:
+            return
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         flat /= self.world

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
-from shared.data import DataSet, Task
 from shared.data.pipeline import Loader
+from shared.data.sets import DataSet, Task
 from shared.models import checkpoints
 from shared.models.recogniser import Recogniser, class_means, restore, save
 from shared.run import Run

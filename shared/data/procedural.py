@@ -24,17 +24,19 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -46,10 +48,14 @@ VERSION = 1  # raised whenever a pixel changes
 RANGE = 1_000_000  # identities a split may have
 FIRST = {"train": 0, "development": RANGE, "test": 2 * RANGE, "shifted": 2 * RANGE}
 NATIVE_FIRST = 3 * RANGE
-HATS = 0.33  # share of the pictures in which the head is covered
+HATS = 0.28  # share of the pictures in which the head is covered
 CHUNK = 16  # instances of one identity drawn together: the working set stays in the L2 cache
 
+HEAD_Y = -0.06  # height of the middle of the head
+
 Array = np.ndarray
+Window = tuple[slice, slice]
+FULL = (slice(None), slice(None))
 
 
 @dataclass(frozen=True)
@@ -82,17 +88,17 @@ _COARSE = {
     "undertone": (0.0, 0.035),
 }  # fmt: skip
 _FINE = {
-    "eye_h": (0.070, 0.012), "slant": (0.06, 0.13), "lid": (0.045, 0.012), "iris": (0.076, 0.006),
-    "pupil": (0.40, 0.08), "brow_tilt": (0.03, 0.16), "brow_arch": (0.035, 0.030),
+    "eye_h": (0.070, 0.012), "slant": (0.04, 0.13), "lid": (0.045, 0.012), "iris": (0.076, 0.006),
+    "pupil": (0.40, 0.08), "brow_tilt": (-0.01, 0.16), "brow_arch": (0.035, 0.030),
     "brow_thick": (0.032, 0.011), "brow_length": (0.155, 0.020), "nostril": (0.022, 0.004),
     "bridge": (0.35, 0.18), "lip_up": (0.035, 0.011), "lip_low": (0.047, 0.013),
     "bow": (0.012, 0.010), "corner": (0.0, 0.016), "blush": (0.16, 0.10),
 }  # fmt: skip
 _COARSE_U = ("skin", "hair", "length", "volume", "fringe", "hairline", "part", "curl", "masculine",
              "age", "beard", "glasses", "frame")  # fmt: skip
-_FINE_U = ("iris_hue", "iris_ring", "iris_light", "lip_hue", "lip_tone", "brow_texture", "brow_tone",
-           "strands", "freckles", "wrinkles", "scar", "scar_x", "scar_y", "scar_turn", "lens",
-           "rim", "lashes", "moustache", "iris_turn", "bags")  # fmt: skip
+_FINE_U = ("iris_hue", "iris_ring", "iris_light", "iris_turn", "lip_hue", "lip_tone", "lashes",
+           "brow_texture", "brow_tone", "strands", "moustache", "freckles", "wrinkles", "bags",
+           "scar", "scar_x", "scar_y", "scar_turn", "lens", "rim")  # fmt: skip
 _MOLES, _FRECKLES = 10, 44
 
 _SKIN = [(0.99, 0.87, 0.79), (0.95, 0.78, 0.67), (0.88, 0.67, 0.53), (0.76, 0.54, 0.40),
@@ -129,11 +135,15 @@ def _numbers(faces: Faces, identity: int) -> SimpleNamespace:
     return SimpleNamespace(**p)
 
 
+def _rgb(red: float, green: float, blue: float) -> Array:
+    return np.array([red, green, blue], np.float32)
+
+
 def _along(stops: list[tuple[float, float, float]], t: float) -> Array:
     """The colour [3] at t in [0, 1] of a palette."""
     place = min(max(t, 0.0), 1.0) * (len(stops) - 1)
     i = min(int(place), len(stops) - 2)
-    a, b = np.float32(stops[i]), np.float32(stops[i + 1])
+    a, b = _rgb(*stops[i]), _rgb(*stops[i + 1])
     return a + np.float32(place - i) * (b - a)
 
 
@@ -147,7 +157,9 @@ def _ramp(t: float, low: float, high: float) -> float:
 
 def _smooth(shape: tuple[int, ...], cells: tuple[int, int], seed: int) -> Array:
     """Smooth noise of unit range: a coarse lattice of numbers, bicubically enlarged."""
-    lattice = np.random.Generator(np.random.Philox(key=[seed, VERSION])).random((shape[0], 1, *cells))
+    lattice = np.random.Generator(np.random.Philox(key=[seed, VERSION])).random(
+        (shape[0], 1, *cells)
+    )
     fine = F.interpolate(torch.from_numpy(lattice), size=shape[1:], mode="bicubic")
     return fine[:, 0].clamp_(0, 1).float().numpy()
 
@@ -159,7 +171,9 @@ def _stage(size: int) -> SimpleNamespace:
     s.reach = s.canvas / size
     a = ((np.arange(s.canvas, dtype=np.float32) + 0.5) * 2 / size - s.reach).astype(np.float32)
     s.x, s.y = (np.ascontiguousarray(m) for m in np.meshgrid(a, a))
-    half = ((np.arange(s.canvas // 2, dtype=np.float32) + 0.5) * 4 / size - s.reach).astype(np.float32)
+    half = ((np.arange(s.canvas // 2, dtype=np.float32) + 0.5) * 4 / size - s.reach).astype(
+        np.float32
+    )
     s.hx, s.hy = (np.ascontiguousarray(m) for m in np.meshgrid(half, half))
     o = torch.arange(size, dtype=torch.float32).add(0.5).mul(2 / size).sub(1)
     s.ox, s.oy = o.expand(size, size).contiguous(), o[:, None].expand(size, size).contiguous()
@@ -216,270 +230,214 @@ class _Person:
     looks: torch.Tensor  # [styles, 4, A, A] premultiplied RGB and alpha, without cloth
     cloth: torch.Tensor  # [styles, A, A] visible cloth, to be coloured
     normals: torch.Tensor  # [3, A, A] surface normals, z towards the camera
-    hats: torch.Tensor  # [3, 2, A, A] where a beanie, a cap, a headscarf is; the same times its light
+    hats: (
+        torch.Tensor
+    )  # [3, 2, A, A] where a beanie, a cap, a headscarf is; the same times its light
     gloss: torch.Tensor  # [A, A] strength of the highlight
     bases: torch.Tensor  # [8, h, h] displacements
-    pivot: float  # height of the neck's turning point
 
 
-def _person(faces: Faces, identity: int) -> _Person:
-    s, p = _stage(faces.size), _numbers(faces, identity)
-    x, y, ax = s.x, s.y, np.abs(s.x)
-    full = (slice(None), slice(None))
+class _Painter:
+    """The numbers, the stage and the front layer [3, A, A] that the parts of a face paint on."""
 
-    def at(cx: float, cy: float, rx: float, ry: float) -> tuple[tuple[slice, slice], Array, Array]:
-        """The window of the canvas round a point, with coordinates from that point."""
+    def __init__(self, s: SimpleNamespace, p: SimpleNamespace) -> None:
+        self.s, self.p = s, p
+        self.masculine = _ramp(p.masculine, 0.35, 0.65)
+        self.skin = _along(_SKIN, p.skin) + _rgb(0.2, -0.2, -0.8) * np.float32(p.undertone)
+        hair = _along(_HAIR, p.hair * (1 - 0.55 * _ramp(p.skin, 0.45, 0.75)))
+        grey = np.float32(_ramp(p.age, 0.74, 0.88))
+        self.hair = hair + grey * (_rgb(0.74, 0.74, 0.75) - hair)
+        self.front = np.zeros((3, s.canvas, s.canvas), np.float32)
+
+    def at(self, cx: float, cy: float, rx: float, ry: float) -> tuple[Window, Array, Array]:
+        """The window of the canvas round a point, and its coordinates from that point."""
+        s = self.s
         rows, columns = (
             slice(max(int((c - r + s.reach) / s.px), 0), max(int((c + r + s.reach) / s.px) + 2, 1))
             for c, r in ((cy, ry), (cx, rx))
         )
-        return (rows, columns), x[rows, columns] - np.float32(cx), y[rows, columns] - np.float32(cy)
+        return (
+            (rows, columns),
+            s.x[rows, columns] - np.float32(cx),
+            s.y[rows, columns] - np.float32(cy),
+        )
 
-    def fill(image: Array, mask: Array, colour: Array, where: tuple[slice, slice] = full) -> None:
-        view = image[(slice(None), *where)]
-        view += mask * (colour.reshape(3, *colour.shape[1:] or (1, 1)) - view)
+    def fill(self, mask: Array, colour: Array, where: Window = FULL) -> None:
+        """Cover a share of each pixel with a colour [3] or [3, h, w]."""
+        view = self.front[(slice(None), *where)]
+        view += mask * (colour.reshape(3, *(colour.shape[1:] or (1, 1))) - view)
 
-    def shade(image: Array, amount: Array, where: tuple[slice, slice] = full) -> None:
-        image[(slice(None), *where)] *= 1 - amount
+    def shade(self, amount: Array, where: Window = FULL) -> None:
+        """Darken; a negative amount lightens."""
+        self.front[(slice(None), *where)] *= 1 - amount
 
-    def bump(u: Array, v: Array, su: float, sv: float) -> Array:
-        return np.exp(-((u * (1 / su)) ** 2) - (v * (1 / sv)) ** 2)
+    def cover(self, d: Array) -> Array:
+        return _cover(self.s, d)
 
-    # colours
-    skin = _along(_SKIN, p.skin) + np.float32([0.2, -0.2, -0.8]) * np.float32(p.undertone)
-    grey = _ramp(p.age, 0.74, 0.88)
-    hair = _along(_HAIR, p.hair * (1 - 0.55 * _ramp(p.skin, 0.45, 0.75)))
-    hair = hair + np.float32(grey) * (np.float32([0.74, 0.74, 0.75]) - hair)
-    masculine = _ramp(p.masculine, 0.35, 0.65)
+
+def _bump(u: Array, v: Array, su: float, sv: float) -> Array:
+    return np.exp(-((u * (1 / su)) ** 2) - (v * (1 / sv)) ** 2)
+
+
+def _line(u: Array, su: float) -> Array:
+    return np.exp(-((u * (1 / su)) ** 2))
+
+
+def _person(faces: Faces, identity: int) -> _Person:
+    """Draw an identity, back to front."""
+    s, p = _stage(faces.size), _numbers(faces, identity)
+    c = _Painter(s, p)
+    x, y, ax, cover, masculine = s.x, s.y, np.abs(s.x), c.cover, c.masculine
 
     # head: a squircle u^2 + t^2 - k u^2 t^2 = 1 whose width shrinks towards the jaw
-    yc, wide, high = -0.06, p.width, p.height
-    t = (y - yc) * (1 / high)
+    wide, high = p.width, p.height
+    t = (y - HEAD_Y) * (1 / high)
     low = np.clip(t, 0, 1.3)
     taper = 1 - (0.42 - p.jaw - 0.06 * masculine) * low * low * (1.5 - 0.5 * low)
     u2, t2 = (x / (wide * taper)) ** 2, t * t
-    r2 = u2 + t2 - np.where(t > 0, np.float32(np.clip(p.square, 0, 0.75)), 0.1) * (
-        np.minimum(u2, 1) * np.minimum(t2, 1))
+    square = np.where(t > 0, np.float32(min(max(p.square, 0.0), 0.75)), np.float32(0.1))
+    r2 = u2 + t2 - square * np.minimum(u2, 1) * np.minimum(t2, 1)
     radius = np.sqrt(np.maximum(r2, 1e-6))
-    head = _cover(s, (radius - 1) * (0.9 * wide))
+    head = cover((radius - 1) * (0.9 * wide))
 
-    # hair: outline a skull enlarged by the volume, straight down at the sides to its length
+    # hair: its outline is a skull enlarged by the volume, then straight down to its length
     length = 0.62 * p.length + 0.38 * (1 - masculine)
     bald = 1 - _ramp(length, 0.05, 0.09)
     thin = _ramp(p.age, 0.6, 0.9) * masculine * _ramp(p.hairline, 0.45, 0.8)
-    side = -0.20 + 0.20 * _ramp(length, 0.10, 0.40) + 1.15 * _ramp(length, 0.48, 0.95)
     volume = 0.02 + (0.05 + 0.15 * p.volume) * _ramp(length, 0.10, 0.40)
     curl = _ramp(p.curl, 0.55, 0.95)
-    ripple = (0.022 * curl) * np.sin(17 * np.arctan2(x, yc - y) + 40 * p.part)
-    swell = np.where(y < yc, 1, 1 + 0.10 * p.volume * np.clip(y - yc, 0, 1))
-    outer = np.sqrt(
-        (x / ((wide + 0.62 * volume + 0.03) * swell)) ** 2
-        + (np.minimum(t, 0) * (high / (high + volume))) ** 2
-    ) + ripple  # fmt: skip
-    strands = (1 - curl) * s.strands[int(p.strands * 23.99)] + curl * s.curls[int(p.strands * 23.99)]
-    locks = hair[:, None, None] * (0.70 + 0.55 * strands) + 0.04 * (strands - 0.5)
-    in_outer = _cover(s, (outer - 1) * wide)
-    end = side + 0.07 * (strands - 0.5)
+    ripple = (0.022 * curl) * np.sin(17 * np.arctan2(x, HEAD_Y - y) + 40 * p.part)
+    swell = 1 + 0.10 * p.volume * np.clip(y - HEAD_Y, 0, 1)
+    crown = np.minimum(t, 0) * (high / (high + volume))
+    outer = np.sqrt((x / ((wide + 0.62 * volume + 0.03) * swell)) ** 2 + crown**2) + ripple
+    outline = cover((outer - 1) * wide) * (1 - bald)
+    pattern = int(p.strands * 23.99)
+    strands = (1 - curl) * s.strands[pattern] + curl * s.curls[pattern]
+    locks = c.hair[:, None, None] * (0.76 + 0.44 * strands) + 0.04 * (strands - 0.5)
+    side = -0.20 + 0.20 * _ramp(length, 0.10, 0.40) + 1.15 * _ramp(length, 0.48, 0.95)
+    ends = cover(y - side - 0.07 * (strands - 0.5))
 
-    # back layer: hair behind, neck
-    back = np.zeros((3, s.canvas, s.canvas), np.float32)
-    back_hair = in_outer * _cover(s, y - end) * (1 - bald)
-    fill(back, back_hair, locks * np.float32(0.62))
-    neck = _cover(s, np.maximum(ax - p.neck - 0.35 * np.clip(y - 0.68, 0, 1) ** 1, 0.2 - y))
-    neck_tone = 0.86 - 0.34 * bump(x, y - (yc + high), 0.5, 0.14) - 0.5 * (ax / p.neck * 0.5) ** 4
-    fill(back, neck, skin[:, None, None] * np.clip(neck_tone, 0.4, 1))
+    # back layer: hair behind the neck, neck
+    back_hair = outline * ends
+    neck = cover(np.maximum(ax - p.neck - 0.35 * np.clip(y - 0.68, 0, 1), 0.2 - y))
+    under_chin = _bump(x, y - (HEAD_Y + high), 0.5, 0.14)
+    tone = np.clip(0.86 - 0.34 * under_chin - 0.5 * (ax * (0.5 / p.neck)) ** 4, 0.4, 1)
+    back = back_hair * locks * np.float32(0.62)
+    back += neck * (c.skin[:, None, None] * tone - back)
     back_alpha = np.maximum(back_hair, neck)
 
-    # front layer: ears, head
-    front = np.zeros_like(back)
+    # front layer: ears, head, face, then the hair in front
     ear_y = p.eye_y + 0.10
-    ears = _cover(s, (np.sqrt(((ax - wide * 0.97) / (p.ear * 0.72)) ** 2
-                              + ((y - ear_y) / (p.ear * 1.25)) ** 2) - 1) * (p.ear * 0.8))  # fmt: skip
-    fill(front, ears, skin * np.float32([0.92, 0.84, 0.82]))
-    shade(front, 0.4 * bump(ax - wide * 1.03, y - ear_y, p.ear * 0.28, p.ear * 0.7) * ears)
-    tone = 1.03 - 0.20 * np.clip(r2, 0, 1) ** 3 - 0.10 * bump(x, y - (yc + high), 0.4, 0.12)
-    fill(front, head, skin[:, None, None] * tone)
-    front_alpha = np.maximum(ears, head)
-
-    # modelling of the face: sockets, cheeks, nose, chin
-    blush = max(p.blush, 0) * (1 - 0.5 * p.skin)
-    cheeks = bump(ax - 0.27, y - 0.18, 0.13, 0.11)
-    front *= 1 + cheeks * (np.float32([0.10, -0.9, -0.7]) * np.float32(blush) + 0.05)[:, None, None]
-    shade(front, 0.20 * bump(ax - p.eye_x, y - p.eye_y + 0.02, 0.16, 0.10))
-    shade(front, 0.16 * bump(x, y - (p.mouth_y + 0.105), 0.11, 0.03))
-    where, u, v = at(0, p.nose_y, 0.30, 0.40)
-    w = p.nose_w
-    ridge = np.clip((v + 0.30) * 3.3, 0, 1) * _cover(s, v - 0.02)
-    shade(front, (0.30 * p.bridge + 0.06) * bump(np.abs(u) - 0.55 * w, v * 0, 0.035, 1) * ridge, where)
-    shade(front, -0.16 * bump(u, v * 0, 0.030, 1) * ridge - 0.12 * bump(u, v + 0.03, 0.05, 0.05), where)
-    wings = bump(np.abs(u) - w, v, 0.028, 0.045)
-    under = bump(u, v - 0.055, w * 0.95, 0.022)
-    shade(front, 0.30 * wings + 0.32 * under, where)
-    holes = np.sqrt(((np.abs(u) - 0.55 * w) / (p.nostril * 1.5)) ** 2 + ((v - 0.035) / p.nostril) ** 2)
-    fill(front, 0.75 * _cover(s, (holes - 1) * p.nostril), skin * 0.28, where)
-
-    # ageing: forehead lines, crow's feet, folds beside the mouth, bags under the eyes
-    lines = _ramp(p.wrinkles + 0.35 * (p.age - 0.5), 0.5, 0.95) * min(faces.fine, 1.4) / 1.4
-    if lines > 0:
-        where, u, v = at(0, -0.34, 0.33, 0.14)
-        for k in range(3):
-            curve = 0.075 * k - 0.08 + 0.12 * u * u + 0.012 * np.sin(9 * u + 40 * p.bags + 2 * k)
-            shade(front, 0.34 * lines * bump(u, v - curve, 0.26, 0.018), where)
-        for sign in (-1, 1):
-            where, u, v = at(sign * 0.22, p.mouth_y - 0.06, 0.14, 0.20)
-            shade(front, 0.36 * lines * bump(u * sign - 0.35 * v - 0.01, v, 0.024, 0.13), where)
-            where, u, v = at(sign * (p.eye_x + p.eye_w + 0.06), p.eye_y, 0.08, 0.09)
-            rays = np.abs(np.sin(22 * v + 12 * u * sign * v / 0.06))
-            shade(front, 0.34 * lines * rays**4 * bump(u, v, 0.06, 0.07), where)
-    bags = _ramp(p.bags, 0.45, 1) * min(faces.fine, 1.4) / 1.4
-
-    # marks: moles and freckles in one scatter, then a scar
-    fill_moles = _ramp(1, 0, 1) * np.clip(1.6 * (p.mole - 0.25), 0, 0.85)
-    freckled = 0.55 * _ramp(p.freckles, 0.62, 0.9) * (1 - 0.6 * p.skin)
-    strength = np.concatenate([fill_moles, np.full(_FRECKLES, freckled)]).astype(np.float32)
-    spread = np.where(np.arange(_MOLES + _FRECKLES) < _MOLES, 1.0, 0.0)
-    mx = (p.points[:, 0] - 0.5) * (0.66 + 0.06 * spread)
-    my = 0.13 + (p.points[:, 1] - 0.5) * (0.26 + 0.62 * spread)
-    size = np.where(spread > 0, 0.020 + 0.014 * p.points[:, 2], 0.013 + 0.006 * p.points[:, 2])
-    marks = _scatter(s, mx, my, size, strength)
-    front *= 1 - np.float32([0.72, 0.84, 0.92])[:, None, None] * marks
-    if p.scar > 0.72:
-        turn = 3.1 * p.scar_turn
-        where, u, v = at((p.scar_x - 0.5) * 0.5, 0.05 + (p.scar_y - 0.5) * 0.6, 0.15, 0.15)
-        along, across = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
-        scar = _cover(s, np.abs(across) - 0.009) * _cover(s, np.abs(along) - 0.10)
-        fill(front, 0.75 * scar, skin * 0.5 + np.float32([0.48, 0.30, 0.30]), where)
-        shade(front, 0.35 * _cover(s, np.abs(across - 0.022) - 0.009) * _cover(s, np.abs(along) - 0.1),
-              where)  # fmt: skip
-
-    # beard and moustache
-    beard = _ramp(p.beard, 0.50, 0.68) * _ramp(p.masculine, 0.48, 0.60)
-    stubble = 0.22 * masculine * _ramp(p.beard, 0.25, 0.45)
-    if beard + stubble > 0:
-        full_beard = _ramp(p.beard, 0.62, 0.85)
-        edge = p.mouth_y - 0.03 + 0.16 * (1 - full_beard) - 0.30 * np.clip(ax - 0.10, 0, 0.4) * full_beard
-        inner = np.sqrt((x / 0.15) ** 2 + ((y - p.mouth_y) / 0.085) ** 2)
-        area = _cover(s, (edge - y) * 0.5) * np.clip((inner - 1) * 6 + 0.5, 0, 1)
-        area *= _cover(s, (ax - (0.20 + 0.5 * full_beard)) * 0.5) * head
-        lip = bump(x, (y - p.mouth_y + 0.075 - 0.25 * x * x) * 1.0, 0.19, 0.038)
-        area = np.maximum(area, (0.4 + 0.9 * p.moustache) * lip * head)
-        area = np.minimum(area, 1) * (beard * (0.72 + 0.35 * strands) + stubble * (1 - beard))
-        fill(front, np.clip(area, 0, 0.95), locks * np.float32(0.85))
-
-    # mouth: upper and lower lip, a dark slit with teeth that opens when it is stretched
-    w = p.mouth_w
-    where, u, v = at(0, p.mouth_y, w + 0.05, 0.14)
-    q = np.clip(1 - (u / w) ** 2, 0, 1)
-    middle = p.corner * (u / w) ** 2
-    top = middle - p.lip_up * q * (1 + 0.25 * (1 - masculine)) + p.bow * bump(u, v * 0, 0.035, 1) * q
-    bottom = middle + p.lip_low * np.sqrt(q) * q
-    lips = skin * 0.45 + 0.5 * _along(_LIPS, p.lip_hue) * (1 - 0.4 * p.skin)
-    lips = lips * np.float32(0.92 + 0.25 * (p.lip_tone - 0.5))
-    span = _cover(s, np.abs(u) - w)
-    fill(front, span * _cover(s, np.maximum(top - v, v - middle)), lips * 0.84, where)
-    fill(front, span * _cover(s, np.maximum(middle - v, v - bottom)), lips, where)
-    shade(front, -0.14 * bump(u, v - p.lip_low * 0.5, 0.07, 0.014), where)
-    slit = np.abs(v - middle) - 0.013 * (0.4 + 0.6 * q)
-    fill(front, span * _cover(s, slit), np.float32([0.22, 0.08, 0.08]), where)
-    fill(front, 0.8 * span * _cover(s, np.abs(v - middle + 0.006) - 0.004) * (np.abs(u) < w * 0.7),
-         np.float32([0.86, 0.84, 0.80]), where)  # fmt: skip
-
-    # eyes and brows
-    iris = _along(_IRIS, p.iris_hue * (1 - 0.6 * _ramp(p.skin, 0.5, 0.9)))
-    brow_hair = hair * np.float32(0.35 + 0.65 * p.brow_tone)
+    lobe = np.sqrt(((ax - wide * 0.97) / (p.ear * 0.72)) ** 2 + ((y - ear_y) / (p.ear * 1.25)) ** 2)
+    ears = cover((lobe - 1) * (p.ear * 0.8))
+    c.fill(ears, c.skin * _rgb(0.92, 0.84, 0.82))
+    c.shade(0.4 * _bump(ax - wide * 1.03, y - ear_y, p.ear * 0.28, p.ear * 0.7) * ears)
+    round_off = 0.20 * np.clip(r2, 0, 1) ** 3 + 0.10 * _bump(x, y - (HEAD_Y + high), 0.4, 0.12)
+    c.fill(head, c.skin[:, None, None] * (1.03 - round_off))
+    cheeks = _bump(ax - 0.27, y - 0.18, 0.13, 0.11)
+    _relief(c, cheeks)
+    _marks(c, min(faces.fine / 1.4, 1))
+    _beard(c, head, strands, locks)
+    _mouth(c)
     for sign in (-1, 1):
-        where, u, v = at(sign * p.eye_x, p.eye_y, p.eye_w + 0.09, 0.17)
-        u = u * sign  # outwards
-        v = v + p.slant * u
-        q = np.clip(1 - (u / p.eye_w) ** 2, 0, 1)
-        upper, lower = -p.eye_h * q, 0.62 * p.eye_h * q
-        ball = _cover(s, np.maximum(upper - v, v - lower)) * (np.abs(u) < p.eye_w)
-        shade(front, 0.30 * bags * bump(u, v - p.eye_h - 0.04, 0.11, 0.024), where)
-        shade(front, 0.34 * bump(u, v - upper + p.lid, p.eye_w * 0.9, 0.014), where)
-        fill(front, ball, np.float32([0.93, 0.92, 0.91]), where)
-        shade(front, 0.30 * ball * bump(u * 0, v - upper, 1, 0.03), where)
-        ru = u * sign
-        r = np.sqrt(ru**2 + (v + 0.008) ** 2) * (1 / p.iris)
-        angle = np.arctan2(v + 0.008, ru)
-        spokes = 1 + 0.35 * np.sin((3 + int(p.iris_turn * 5)) * angle + 20 * p.iris_ring) * (r > 0.5)
-        inner = 0.55 * _ramp(p.iris_ring, 0.3, 0.9) * np.clip(1.6 - 2 * r, 0, 1)
-        colour = iris[:, None, None] * (spokes * (0.75 + 0.6 * p.iris_light))
-        colour += inner * np.float32([0.55, 0.32, 0.05])[:, None, None]
-        fill(front, ball * _cover(s, (r - 1) * p.iris), colour, where)
-        shade(front, ball * 0.6 * np.exp(-(((r - 0.95) * 6) ** 2)), where)
-        fill(front, ball * _cover(s, (r - p.pupil) * p.iris), np.float32([0.03, 0.02, 0.02]), where)
-        glint = _cover(s, np.sqrt((ru + 0.022) ** 2 + (v + 0.034) ** 2) - 0.016)
-        fill(front, 0.9 * ball * glint, np.float32([1, 1, 1]), where)
-        lash = _cover(s, np.abs(v - upper) - 0.010 - 0.012 * p.lashes * (1 - 0.5 * masculine))
-        fill(front, 0.85 * lash * (np.abs(u) < p.eye_w + 0.02), hair * 0.25, where)
-        shade(front, 0.30 * _cover(s, np.abs(v - lower) - 0.006) * (np.abs(u) < p.eye_w), where)
-        where, u, v = at(sign * p.eye_x, p.eye_y - p.brow_gap, 0.24, 0.14)
-        u = u * sign
-        e = u * (1 / p.brow_length)
-        curve = -p.brow_tilt * u - p.brow_arch * (1 - (e - 0.35) ** 2) * 1.2
-        thick = max(p.brow_thick, 0.010) * (0.8 + 0.35 * masculine) * np.clip(1.15 - 0.55 * (e + 1) * 0.5, 0, 1)
-        comb = 1 - (0.6 * p.brow_texture) * (np.sin(80 * u - 45 * (v - curve)) > 0.2)
-        brow = _cover(s, np.abs(v - curve) - thick) * _cover(s, (np.abs(e) - 1) * p.brow_length)
-        fill(front, 0.88 * brow * comb, brow_hair, where)
+        _eye(c, sign, min(faces.fine / 1.4, 1))
 
-    # front hair: above the hairline, and at the sides
-    height = yc - high * (0.58 + 0.18 * (p.hairline - 0.5) + 0.34 * thin)
+    height = HEAD_Y - high * (0.58 + 0.18 * (p.hairline - 0.5) + 0.34 * thin)
     parting = (p.part - 0.5) * 1.2 * wide
     fringe = _ramp(p.fringe, 0.55, 0.9) * _ramp(length, 0.15, 0.35) * (1 - thin)
     straight = height + fringe * (p.eye_y - p.brow_gap + 0.02 - height)
-    swept = height + (0.16 + 0.5 * (length > 0.4)) * np.minimum(((x - parting) / wide) ** 2, 1.2) * 0.5
-    line = fringe * straight + (1 - fringe) * swept + 0.05 * (strands - 0.5)
+    fall = (0.08 + 0.25 * (length > 0.4)) * np.minimum(((x - parting) / wide) ** 2, 1.2)
+    line = fringe * straight + (1 - fringe) * (height + fall) + 0.05 * (strands - 0.5)
     inside = (0.93 - 0.20 * _ramp(length, 0.45, 0.9) * (0.4 + 0.6 * p.volume)) * wide
-    inside = inside + 0.06 * np.clip(y - 0.1, 0, 1)
-    cap = np.maximum(_cover(s, y - line), _cover(s, (inside - ax)) * _cover(s, y - end))
-    cap = cap * in_outer * (1 - bald) * (0.55 + 0.45 * _ramp(length, 0.10, 0.16))
-    cap = cap * (1 - thin * 0.9 * _cover(s, y - (yc - 0.45 * high)))
-    shine = 0.9 + 0.35 * bump(x * 0.4, y - (yc - 0.75 * high), 0.3, 0.16)
-    fill(front, cap, locks * shine)
-    shade(front, 0.30 * head * (1 - cap) * bump(x * 0, y - line - 0.02, 1, 0.035) * (1 - bald))
-    front_alpha = np.maximum(front_alpha, cap)
-    front *= front_alpha > 0
-
+    sides = cover(inside + 0.06 * np.clip(y - 0.1, 0, 1) - ax) * ends
+    cap = np.maximum(cover(y - line), sides) * outline * (0.55 + 0.45 * _ramp(length, 0.10, 0.16))
+    cap = cap * (1 - thin * 0.9 * cover(y - (HEAD_Y - 0.45 * high)))
+    c.fill(cap, locks * (0.9 + 0.35 * _bump(x, y - (HEAD_Y - 0.75 * high), 0.75, 0.16)))
+    c.shade((0.30 * (1 - bald)) * head * (1 - cap) * _line(y - line - 0.02, 0.035))
     if p.glasses > 0.74:
-        _glasses(s, p, at, fill, front)
-
-    # surface normals: an ellipsoid with a nose, brows, cheeks and a mouth; a cylinder below
-    nx, ny = x / (wide * 1.12), (y - yc) / (high * 1.25)
-    bare = 1 - cap  # hair hides the relief of the face
-    nose = bump(x, y - p.nose_y + 0.04, 0.085, 0.16) * bare
-    nx = nx + 1.1 * nose * (x / 0.085) - 0.25 * bare * cheeks * (ax - 0.27) / 0.13 * -np.sign(x)
-    ny = ny + 0.7 * nose * (y - p.nose_y + 0.04) / 0.16 + 0.5 * bare * bump(
-        ax - p.eye_x, y - p.eye_y + 0.10, 0.17, 0.05) * (y - p.eye_y + 0.10) / 0.05  # fmt: skip
-    lower = np.clip((radius - 1.02) * 8, 0, 1) * (y > 0.35)
-    nx = nx + lower * (0.75 * x - nx)
-    ny = ny + lower * (-0.25 - ny)
-    norm = 1 / np.sqrt(1 + 1.1 * (nx * nx + ny * ny))
-    normals = np.stack([nx * norm, ny * norm, norm])
-    gloss = 0.10 + 0.16 * cap
+        _glasses(c)
+    front_alpha = np.maximum(np.maximum(ears, head), cap)
 
     styles = []
     for mask, light in s.clothes:
         show = (1 - front_alpha) * mask
-        rgb = front * front_alpha + (1 - front_alpha - show) * back * back_alpha
+        rgb = c.front * front_alpha + (1 - front_alpha - show) * back * back_alpha
         alpha = front_alpha + (1 - front_alpha) * np.maximum(mask, back_alpha)
         styles.append((np.concatenate([rgb, alpha[None]]), show * light))
     return _Person(
         looks=torch.from_numpy(np.stack([a for a, _ in styles]).astype(np.float32)),
         cloth=torch.from_numpy(np.stack([b for _, b in styles]).astype(np.float32)),
-        normals=torch.from_numpy(normals.astype(np.float32)),
+        normals=torch.from_numpy(_normals(c, cheeks, 1 - cap, radius)),
         hats=torch.from_numpy(_hats(s, p, volume)),
-        gloss=torch.from_numpy(gloss.astype(np.float32)),
+        gloss=torch.from_numpy((0.10 + 0.16 * cap).astype(np.float32)),
         bases=torch.from_numpy(_bases(s, p)),
-        pivot=yc + high,
     )
 
 
+def _relief(c: _Painter, cheeks: Array) -> None:
+    """Blush, eye sockets, chin and nose."""
+    s, p = c.s, c.p
+    x, y, ax = s.x, s.y, np.abs(s.x)
+    red = _rgb(0.10, -0.9, -0.7) * np.float32(max(p.blush, 0) * (1 - 0.5 * p.skin))
+    c.front *= 1 + cheeks * (red + np.float32(0.05))[:, None, None]
+    c.shade(0.20 * _bump(ax - p.eye_x, y - p.eye_y + 0.02, 0.16, 0.10))
+    c.shade(0.16 * _bump(x, y - (p.mouth_y + 0.105), 0.11, 0.03))
+    where, u, v = c.at(0, p.nose_y, 0.30, 0.40)
+    au, w = np.abs(u), p.nose_w
+    ridge = np.clip((v + 0.30) * 3.3, 0, 1) * c.cover(v - 0.02)
+    c.shade((0.30 * p.bridge + 0.06) * _line(au - 0.55 * w, 0.035) * ridge, where)
+    c.shade(-0.16 * _line(u, 0.030) * ridge - 0.12 * _bump(u, v + 0.03, 0.05, 0.05), where)
+    c.shade(
+        0.30 * _bump(au - w, v, 0.028, 0.045) + 0.32 * _bump(u, v - 0.055, w * 0.95, 0.022), where
+    )
+    holes = np.sqrt(((au - 0.55 * w) / (p.nostril * 1.5)) ** 2 + ((v - 0.035) / p.nostril) ** 2)
+    c.fill(0.75 * c.cover((holes - 1) * p.nostril), c.skin * np.float32(0.28), where)
+
+
+def _marks(c: _Painter, fine: float) -> None:
+    """Forehead lines, folds beside the mouth, crow's feet; moles and freckles; a scar."""
+    p = c.p
+    lines = _ramp(p.wrinkles + 0.35 * (p.age - 0.5), 0.5, 0.95) * fine
+    if lines > 0:
+        where, u, v = c.at(0, -0.34, 0.33, 0.14)
+        for k in range(3):
+            curve = 0.075 * k - 0.08 + 0.12 * u * u + 0.012 * np.sin(9 * u + 40 * p.bags + 2 * k)
+            c.shade(0.34 * lines * _bump(u, v - curve, 0.26, 0.018), where)
+        for sign in (-1, 1):
+            where, u, v = c.at(sign * 0.22, p.mouth_y - 0.06, 0.14, 0.20)
+            c.shade(0.36 * lines * _bump(u * sign - 0.35 * v - 0.01, v, 0.024, 0.13), where)
+            where, u, v = c.at(sign * (p.eye_x + p.eye_w + 0.06), p.eye_y, 0.08, 0.09)
+            rays = np.sin(22 * v + 200 * u * sign * v) ** 2
+            c.shade(0.34 * lines * rays * rays * _bump(u, v, 0.06, 0.07), where)
+
+    mole = np.arange(_MOLES + _FRECKLES) < _MOLES
+    strength = np.full(len(mole), 0.55 * _ramp(p.freckles, 0.62, 0.9) * (1 - 0.6 * p.skin))
+    strength[:_MOLES] = np.clip(1.6 * (p.mole - 0.25), 0, 0.85)
+    a, b, size = p.points.T
+    spots = _scatter(
+        c.s,
+        (a - 0.5) * np.where(mole, 0.72, 0.66),
+        0.13 + (b - 0.5) * np.where(mole, 0.88, 0.26),
+        np.where(mole, 0.020 + 0.014 * size, 0.013 + 0.006 * size),
+        strength,
+    )
+    c.front *= 1 - _rgb(0.72, 0.84, 0.92)[:, None, None] * spots
+
+    if p.scar > 0.72:
+        cos, sin = math.cos(3.1 * p.scar_turn), math.sin(3.1 * p.scar_turn)
+        where, u, v = c.at((p.scar_x - 0.5) * 0.5, 0.05 + (p.scar_y - 0.5) * 0.6, 0.15, 0.15)
+        across, span = v * cos - u * sin, c.cover(np.abs(u * cos + v * sin) - 0.10)
+        light = c.skin * np.float32(0.5) + _rgb(0.48, 0.30, 0.30)
+        c.fill(0.75 * span * c.cover(np.abs(across) - 0.009), light, where)
+        c.shade(0.35 * span * c.cover(np.abs(across - 0.022) - 0.009), where)
+
+
 def _scatter(s: SimpleNamespace, mx: Array, my: Array, size: Array, strength: Array) -> Array:
-    """Round spots at (mx, my) [P], added into one map [A, A]."""
+    """Round spots of radius size [P] at (mx, my) [P], the strongest at each pixel, [A, A]."""
     n = math.ceil(0.05 / s.px)
     step = np.arange(-n, n + 1)
     cx, cy = ((m + s.reach) / s.px - 0.5 for m in (mx, my))
-    ix, iy = np.rint(cx).astype(int)[:, None] + step, np.rint(cy).astype(int)[:, None] + step
+    ix, iy = (np.rint(m).astype(int)[:, None] + step for m in (cx, cy))
     dx, dy = (ix - cx[:, None]) * s.px, (iy - cy[:, None]) * s.px
     d = np.sqrt(dx[:, None, :] ** 2 + dy[:, :, None] ** 2)
     spots = np.clip(0.5 - (d - size[:, None, None]) / s.px, 0, 1) * strength[:, None, None]
@@ -488,25 +446,124 @@ def _scatter(s: SimpleNamespace, mx: Array, my: Array, size: Array, strength: Ar
     return out
 
 
-def _glasses(s: SimpleNamespace, p: SimpleNamespace, at: Callable, fill: Callable, front: Array) -> None:
+def _beard(c: _Painter, head: Array, strands: Array, locks: Array) -> None:
+    """From stubble to a full beard, with more or less of a moustache."""
+    p, x, y, ax = c.p, c.s.x, c.s.y, np.abs(c.s.x)
+    beard = _ramp(p.beard, 0.50, 0.68) * _ramp(p.masculine, 0.48, 0.60)
+    stubble = 0.22 * c.masculine * _ramp(p.beard, 0.25, 0.45)
+    if beard + stubble == 0:
+        return
+    full = _ramp(p.beard, 0.62, 0.85)
+    edge = p.mouth_y - 0.03 + 0.16 * (1 - full) - 0.30 * full * np.clip(ax - 0.10, 0, 0.4)
+    bare = np.sqrt((x / 0.15) ** 2 + ((y - p.mouth_y) / 0.085) ** 2)  # round the lips
+    area = c.cover((edge - y) * 0.5) * np.clip((bare - 1) * 6 + 0.5, 0, 1)
+    area *= c.cover((ax - (0.20 + 0.5 * full)) * 0.5)
+    lip = _bump(x, y - p.mouth_y + 0.075 - 0.25 * x * x, 0.19, 0.038)
+    area = np.minimum(np.maximum(area, (0.4 + 0.9 * p.moustache) * lip), 1) * head
+    density = beard * (0.72 + 0.35 * strands) + stubble * (1 - beard)
+    c.fill(np.clip(area * density, 0, 0.95), locks * np.float32(0.85))
+
+
+def _mouth(c: _Painter) -> None:
+    """Two lips and a dark slit with teeth, which opens when an instance stretches it."""
+    p, w = c.p, c.p.mouth_w
+    where, u, v = c.at(0, p.mouth_y, w + 0.05, 0.14)
+    e = (u * (1 / w)) ** 2
+    q = np.clip(1 - e, 0, 1)
+    middle = p.corner * e
+    top = middle - p.lip_up * q * (1.25 - 0.25 * c.masculine) + p.bow * _line(u, 0.035) * q
+    bottom = middle + p.lip_low * np.sqrt(q) * q
+    lips = c.skin * np.float32(0.45) + _along(_LIPS, p.lip_hue) * np.float32(0.5 - 0.2 * p.skin)
+    lips = lips * np.float32(0.92 + 0.25 * (p.lip_tone - 0.5))
+    span = c.cover(np.abs(u) - w)
+    c.fill(span * c.cover(np.maximum(top - v, v - middle)), lips * np.float32(0.84), where)
+    c.fill(span * c.cover(np.maximum(middle - v, v - bottom)), lips, where)
+    c.shade(-0.14 * _bump(u, v - p.lip_low * 0.5, 0.07, 0.014), where)
+    slit = np.abs(v - middle) - 0.013 * (0.4 + 0.6 * q)
+    c.fill(span * c.cover(slit), _rgb(0.22, 0.08, 0.08), where)
+    teeth = c.cover(np.abs(v - middle + 0.006) - 0.004) * (np.abs(u) < w * 0.7)
+    c.fill(0.8 * span * teeth, _rgb(0.86, 0.84, 0.80), where)
+
+
+def _eye(c: _Painter, sign: int, fine: float) -> None:
+    """One eye (sign -1: the left one in the picture) and its brow."""
+    p = c.p
+    where, across, v = c.at(sign * p.eye_x, p.eye_y, p.eye_w + 0.09, 0.17)
+    u = across * sign  # outwards
+    v = v + p.slant * u
+    q = np.clip(1 - (u * (1 / p.eye_w)) ** 2, 0, 1)
+    upper, lower = -p.eye_h * q, 0.62 * p.eye_h * q
+    within = np.abs(u) < p.eye_w
+    ball = c.cover(np.maximum(upper - v, v - lower)) * within
+    bags = 0.30 * fine * _ramp(p.bags, 0.45, 1)
+    c.shade(bags * _bump(u, v - p.eye_h - 0.04, 0.11, 0.024), where)
+    c.shade(0.34 * _bump(u, v - upper + p.lid, p.eye_w * 0.9, 0.014), where)
+    c.fill(ball, _rgb(0.93, 0.92, 0.91), where)
+    c.shade(0.30 * ball * _line(v - upper, 0.03), where)
+
+    # iris: two tones, spokes, a dark ring at its edge; pupil and glint
+    down = v + 0.008
+    r = np.sqrt(across**2 + down**2) * (1 / p.iris)
+    spokes = np.sin((3 + int(p.iris_turn * 5)) * np.arctan2(down, across) + 20 * p.iris_ring)
+    hue = _along(_IRIS, p.iris_hue * (1 - 0.6 * _ramp(p.skin, 0.5, 0.9)))
+    colour = hue[:, None, None] * ((1 + 0.35 * spokes * (r > 0.5)) * (0.75 + 0.6 * p.iris_light))
+    inner = 0.55 * _ramp(p.iris_ring, 0.3, 0.9) * np.clip(1.6 - 2 * r, 0, 1)
+    colour += inner * _rgb(0.55, 0.32, 0.05)[:, None, None]
+    c.fill(ball * c.cover((r - 1) * p.iris), colour, where)
+    c.shade(0.6 * ball * _line(r - 0.95, 1 / 6), where)
+    c.fill(ball * c.cover((r - p.pupil) * p.iris), _rgb(0.03, 0.02, 0.02), where)
+    glint = c.cover(np.sqrt((across + 0.022) ** 2 + (v + 0.034) ** 2) - 0.016)
+    c.fill(0.9 * ball * glint, _rgb(1, 1, 1), where)
+    lash = c.cover(np.abs(v - upper) - 0.010 - 0.012 * p.lashes * (1 - 0.5 * c.masculine))
+    c.fill(0.85 * lash * (np.abs(u) < p.eye_w + 0.02), c.hair * np.float32(0.25), where)
+    c.shade(0.30 * c.cover(np.abs(v - lower) - 0.006) * within, where)
+
+    where, u, v = c.at(sign * p.eye_x, p.eye_y - p.brow_gap, 0.24, 0.14)
+    u = u * sign
+    e = u * (1 / p.brow_length)
+    v = v + p.brow_tilt * u + 1.2 * p.brow_arch * (1 - (e - 0.35) ** 2)
+    thick = max(p.brow_thick, 0.010) * (0.8 + 0.35 * c.masculine) * np.clip(0.875 - 0.275 * e, 0, 1)
+    comb = 1 - (0.6 * p.brow_texture) * (np.sin(80 * u - 45 * v) > 0.2)
+    brow = c.cover(np.abs(v) - thick) * c.cover((np.abs(e) - 1) * p.brow_length)
+    c.fill(0.88 * brow * comb, c.hair * np.float32(0.35 + 0.65 * p.brow_tone), where)
+
+
+def _glasses(c: _Painter) -> None:
     """Frames round both eyes, bridge and temples; the glass is a little lighter."""
-    colour = np.float32(_FRAMES[int(p.frame * 4.99)])
+    p, cover = c.p, c.cover
     rx, ry, rim = 0.165 + 0.03 * p.lens, 0.105 + 0.05 * p.rim, 0.012 + 0.016 * p.rim
-    where, u, v = at(0, p.eye_y + 0.015, 0.62, 0.24)
-    a = (np.abs(u) - p.eye_x) * (1 / rx)
-    b = v * (1 / ry)
-    k = 0.9 * p.lens  # from round to nearly rectangular
-    d = (np.sqrt(np.maximum(a * a + b * b - k * a * a * b * b * (np.abs(a) < 1.2), 0)) - 1) * ry
-    fill(front, 0.12 * _cover(s, d), np.float32([0.85, 0.92, 1.0]), where)
-    lines = _cover(s, np.abs(d) - rim)
-    lines = np.maximum(lines, _cover(s, np.maximum(np.abs(v + 0.02) - rim, np.abs(u) - p.eye_x + rx)))
-    temples = np.maximum(np.abs(v + 0.03) - rim, np.maximum(p.eye_x + rx - np.abs(u), np.abs(u) - p.width))
-    fill(front, 0.92 * np.maximum(lines, _cover(s, temples)), colour, where)
+    where, u, v = c.at(0, p.eye_y + 0.015, 0.62, 0.24)
+    au = np.abs(u)
+    a2, b2 = ((au - p.eye_x) * (1 / rx)) ** 2, (v * (1 / ry)) ** 2
+    corners = (0.9 * p.lens) * a2 * b2 * (a2 < 1.44)  # from round to nearly rectangular
+    d = (np.sqrt(np.maximum(a2 + b2 - corners, 0)) - 1) * ry
+    bridge = np.maximum(np.abs(v + 0.02) - rim, au - p.eye_x + rx)
+    temples = np.maximum(np.abs(v + 0.03) - rim, np.maximum(p.eye_x + rx - au, au - p.width))
+    frame = np.minimum(np.minimum(np.abs(d) - rim, bridge), temples)
+    c.fill(0.12 * cover(d), _rgb(0.85, 0.92, 1.0), where)
+    c.fill(0.92 * cover(frame), _rgb(*_FRAMES[int(p.frame * 4.99)]), where)
+
+
+def _normals(c: _Painter, cheeks: Array, bare: Array, radius: Array) -> Array:
+    """Unit normals [3, A, A]: an ellipsoid with nose, brows and cheeks where no hair hides them
+    (``bare``), and shoulders below."""
+    p, x, y, ax = c.p, c.s.x, c.s.y, np.abs(c.s.x)
+    nose = 1.1 * bare * _bump(x, y - p.nose_y + 0.04, 0.085, 0.16)
+    ridge = bare * _bump(ax - p.eye_x, y - p.eye_y + 0.10, 0.17, 0.05)
+    nx = x * (1 / (p.width * 1.12)) + nose * x * (1 / 0.085)
+    nx = nx + 1.9 * bare * cheeks * (ax - 0.27) * np.sign(x)
+    ny = (y - HEAD_Y) * (1 / (p.height * 1.25)) + 4 * nose * (y - p.nose_y + 0.04)
+    ny = ny + 10 * ridge * (y - p.eye_y + 0.10)
+    body = np.clip((radius - 1.02) * 8, 0, 1) * np.clip((y - 0.2) * 4, 0, 1)
+    nx = nx + body * (0.75 * x - nx)
+    ny = ny + body * (-0.25 - ny)
+    nz = 1 / np.sqrt(1 + 1.1 * (nx * nx + ny * ny))
+    return np.stack([nx * nz, ny * nz, nz]).astype(np.float32)
 
 
 def _hats(s: SimpleNamespace, p: SimpleNamespace, volume: float) -> Array:
     """Headgear that fits this head. An instance may wear it, so that hair is no sure sign."""
-    x, y, yc = s.x, s.y, -0.06
+    x, y, yc = s.x, s.y, HEAD_Y
     wide, high = p.width + 0.5 * volume + 0.05, p.height + 0.7 * volume + 0.05
     dome = (np.sqrt((x / wide) ** 2 + ((y - yc) / high) ** 2) - 1) * wide
     rim = yc - 0.36 * p.height + 0.10 * (x / wide) ** 2
@@ -536,9 +593,9 @@ def _bases(s: SimpleNamespace, p: SimpleNamespace) -> Array:
     x, y = s.hx, s.hy
 
     def bump(cx: float, cy: float, sx: float, sy: float) -> Array:
-        return np.exp(-(((np.abs(x) if cx else x) - cx) / sx) ** 2 - ((y - cy) / sy) ** 2)
+        return np.exp(-((((np.abs(x) if cx else x) - cx) / sx) ** 2) - ((y - cy) / sy) ** 2)
 
-    depth = 0.52 * np.exp(-1.3 * ((x / (p.width * 1.1)) ** 2 + ((y + 0.06) / p.height) ** 2))
+    depth = 0.52 * np.exp(-1.3 * ((x / (p.width * 1.1)) ** 2 + ((y - HEAD_Y) / p.height) ** 2))
     depth += 0.09 * bump(0, p.nose_y - 0.02, 0.12, 0.14)
     corners = bump(p.mouth_w, p.mouth_y, 0.11, 0.10)
     jaw = bump(0, p.mouth_y + 0.03, 0.24, 0.16)
@@ -562,8 +619,7 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
         rng = _generator(faces.seed, identity, 1 + shifted, int(instance))
         normal[i] = rng.standard_normal(24, dtype=np.float32)
         uniform[i] = rng.random(28, dtype=np.float32)
-    normal = normal.clip(-2.2, 2.2)
-    c = _conditions(normal, uniform, shifted)
+    c = _conditions(normal.clip(-2.2, 2.2), uniform, shifted)
     v = {k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in c.items()}
 
     def col(name: str, i: int | None = None) -> torch.Tensor:  # [N, 1, 1]
@@ -573,7 +629,7 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
     style = torch.from_numpy((uniform[:, 0] * 6).astype(np.int64))
     canvas = person.looks[style]
     cloth = person.cloth[style]
-    for i in np.flatnonzero(uniform[:, 20] < HATS):
+    for i in np.flatnonzero(uniform[:, 20] < HATS).tolist():
         mask, light = person.hats[int(uniform[i, 20] * (3 / HATS))]
         canvas[i].mul_(1 - mask)
         canvas[i, 3] += mask
@@ -629,15 +685,16 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
 
 
 def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array]:
-    """What an instance varies, from its draws [N, 24] and [N, 28]."""
+    """What an instance varies, from its draws [N, 24] and [N, 28].
+
+    Add, multiply, divide, square root only: exactly rounded, so the same in any batch.
+    """
     n, u = normal.T, uniform.T
     far = 1.5 if shifted else 1.0
-    yaw = np.clip(0.20 * n[0], -0.44, 0.44)  # radians: 2 standard deviations are 23 degrees
-    pitch = np.clip(0.11 * n[1], -0.25, 0.25)
-    roll = 0.08 * n[2]
-    zoom = 1 / (1.06 + 0.06 * n[3])
-    cos, sin = np.cos(roll) * zoom, np.sin(roll) * zoom
-    shift_x, shift_y = 0.05 * n[4], 0.05 * n[5] - 0.02
+    yaw, pitch, roll = 0.20 * n[0], 0.11 * n[1], 0.08 * n[2]  # sines: up to 26, 14, 10 degrees
+    zoom = 1 / (1.07 + 0.05 * n[3])
+    cos, sin = np.sqrt(1 - roll * roll) * zoom, roll * zoom
+    shift_x, shift_y = 0.045 * n[4], 0.045 * n[5] - 0.02
     aspect = 1 + 0.04 * n[16]
     affine = np.stack([cos * aspect, sin, -shift_x, -sin * aspect, cos, -shift_y], 1)
 
@@ -645,28 +702,28 @@ def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array
     length = np.sqrt(1 + side**2 + above**2)
     light = np.stack([side / length, above / length, 1 / length], 1)
     contrast = 0.30 + 0.55 * u[5] if not shifted else 0.65 + 0.45 * u[5]
-    exposure = 1.0 + 0.16 * far * n[8]
+    exposure = 1.0 + 0.13 * far * n[8]
     warm, green = 0.075 * far * n[9], 0.012 * n[10]
     gain = np.stack([1 + warm, 1 + green - 0.1 * warm, 1 - warm], 1) * exposure[:, None]
 
-    smile, opening = 0.02 + 0.035 * n[11], 0.075 * np.clip(n[12] - 0.3, 0, 1)
-    move = np.stack([np.sin(-yaw), 0.6 * smile, 0.035 * n[13], np.sin(pitch), smile, opening,
-                     0.035 * n[14], 0.05 * np.clip(0.7 * n[15] - 0.2, -0.3, 1)], 1)  # fmt: skip
+    smile, opening = 0.03 + 0.035 * n[11], 0.075 * np.clip(n[12] - 0.3, 0, 1)
+    move = np.stack([-yaw, 0.6 * smile, 0.022 * n[13], pitch, smile, opening,
+                     0.024 * n[14], 0.05 * np.clip(0.7 * n[15] - 0.2, -0.3, 1)], 1)  # fmt: skip
 
     def muted(value: Array, saturation: Array, hue: Array) -> Array:
-        turn = 2 * math.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
-        return value[:, None] * (1 + saturation[:, None] * np.cos(turn))
+        turn = (hue[:, None] + np.array([0, 1 / 3, 2 / 3])) % 1
+        return value[:, None] * (1 + saturation[:, None] * (4 * np.abs(turn - 0.5) - 1))
 
     scene = muted(0.10 + 0.75 * u[6], 0.35 * u[7], u[8])
     blend = muted(0.10 + 0.75 * u[9], 0.35 * u[10], u[11]) - scene
     glow = np.repeat(0.25 * (u[12, :, None] - 0.5), 3, 1)
-    noise = 0.008 + 0.020 * u[13] if not shifted else 0.02 + 0.04 * u[13]
+    noise = 0.006 + 0.014 * u[13] if not shifted else 0.02 + 0.04 * u[13]
     out = dict(
         affine=affine, light=light, diffuse=contrast, ambient=1.06 - 0.85 * contrast,
         highlight=u[14] * 0.8, gain=gain, move=move, noise=noise,
         cloth=muted(0.12 + 0.75 * u[15], 0.6 * u[16], u[17]),
         scene=np.concatenate([blend, glow, scene], 1),
-        hat=muted(0.12 + 0.70 * u[21], 0.6 * u[22], u[23]), faded=0.7 * u[24],
+        hat=muted(0.12 + 0.70 * u[21], 0.6 * u[22], u[23]), faded=0.6 * u[24],
         blur=0.10 + 0.14 * u[18], levels=0.03 + 0.09 * u[19],
     )  # fmt: skip
     return {k: a.astype(np.float32) for k, a in out.items()}
@@ -687,24 +744,24 @@ def _worsen(image: torch.Tensor, v: dict[str, torch.Tensor]) -> torch.Tensor:
     k = np.arange(8)
     dct = np.sqrt(np.where(k == 0, 1, 2) / 8)[:, None] * np.cos(np.pi * np.outer(k, k + 0.5) / 8)
     forward, backward = (torch.from_numpy(m.astype(np.float32)) for m in (dct, dct.T.copy()))
-    step = v["levels"][:, None, None, None, None, None] * torch.from_numpy(
-        (1 + 0.5 * (k[:, None] + k)).astype(np.float32)
-    )
-    x = image.view(n, 3, blocks, 8, blocks, 8).transpose(3, 4)
+    coarser = np.tile(1 + 0.5 * (k[:, None] + k), (blocks, blocks)).astype(np.float32)
+    step = v["levels"][:, None, None, None] * torch.from_numpy(coarser)
+    for _ in range(2):  # rows, then columns: each time what was vertical becomes horizontal
+        image = _vertically(image, forward).transpose(2, 3)
+    image = (image / step).round_() * step
     for _ in range(2):
-        x = _along_rows(x, forward).transpose(4, 5)
-    x = (x / step).round_() * step
-    for _ in range(2):
-        x = _along_rows(x, backward).transpose(4, 5)
-    return x.transpose(3, 4).reshape(n, 3, 8 * blocks, 8 * blocks)[..., :size, :size]
+        image = _vertically(image, backward).transpose(2, 3)
+    return image[..., :size, :size]
 
 
-def _along_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """matrix [8, 8] times the last axis of x, in an order of sums that never changes."""
-    out = x[..., 0:1] * matrix[:, 0]
+def _vertically(image: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """matrix [8, 8] times every 8 pixels of a column, in an order of sums that never changes."""
+    n, channels, _, wide = image.shape
+    x = image.reshape(n, channels, -1, 8, wide)
+    out = x[..., :1, :] * matrix[:, :1]
     for k in range(1, 8):
-        out += x[..., k : k + 1] * matrix[:, k]
-    return out
+        out += x[..., k : k + 1, :] * matrix[:, k : k + 1]
+    return out.reshape(image.shape)
 
 
 def render(
@@ -718,8 +775,9 @@ def render(
     """Images uint8 [N, 3, size, size] RGB of the paired lists identities [N] and instances [N].
 
     An image depends on ``faces``, its identity, its instance and ``shifted`` only. ``workers``
-    threads share the identities (0: the calling thread). Raises ValueError for lists of unequal
-    length or negative numbers.
+    processes share the identities when there are two or more; each takes seconds to start, so
+    that they pay from tens of thousands of images (threads do not: Python's lock serialises the
+    many small steps). Raises ValueError for lists of unequal length or negative numbers.
     """
     who, which = np.asarray(identities, np.int64), np.asarray(instances, np.int64)
     if who.ndim != 1 or who.shape != which.shape:
@@ -729,22 +787,43 @@ def render(
     out = np.empty((len(who), 3, faces.size, faces.size), np.uint8)
     order = np.argsort(who, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(who[order])) + 1) if len(who) else []
-    _stage(faces.size)  # made once, before threads ask for it
-
-    def one(group: Array) -> None:
-        identity = int(who[group[0]])
-        person = _person(faces, identity)
-        for i in range(0, len(group), CHUNK):
-            part = group[i : i + CHUNK]
-            out[part] = _draw(faces, person, identity, which[part], shifted)
-
+    draw = functools.partial(_album, faces, shifted)
+    tasks = [(int(who[group[0]]), which[group]) for group in groups]
     if workers < 2:
-        for group in groups:
-            one(group)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, groups))
+        with _one_thread():
+            for group, task in zip(groups, tasks, strict=True):
+                out[group] = draw(task)
+        return out
+    # spawn, not fork: a fork after torch has started threads can hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for group, album in zip(groups, pool.map(draw, tasks, chunksize=16), strict=True):
+            out[group] = album
     return out
+
+
+_drawing = threading.Lock()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread meanwhile: on busy cores, waiting for each other in steps of microseconds
+    made two threads 15 times slower than one. The lock lets each caller restore its own count."""
+    with _drawing:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _album(faces: Faces, shifted: bool, task: tuple[int, Array]) -> Array:
+    """The instances [N] of one identity: task = (identity, instances)."""
+    identity, instances = task
+    person = _person(faces, identity)
+    parts = [instances[i : i + CHUNK] for i in range(0, len(instances), CHUNK)]
+    return np.concatenate([_draw(faces, person, identity, part, shifted) for part in parts])
 
 
 # -------------------------------------------------------------------------- splits and protocols
@@ -781,9 +860,7 @@ def split(
             file, dict(descr="|u1", fortran_order=False, shape=shape)
         )
         for who, which in _batches(identities, instances, name, progress):
-            pixels = render(
-                faces, who + FIRST[name], which, shifted=name == "shifted", workers=WORKERS
-            )
+            pixels = render(faces, who + FIRST[name], which, shifted=name == "shifted")
             file.write(pixels.data)
 
     path = _cached(Path(cache), f"procedural-{_key(parameters)}-{name}.npy", parameters, write)
@@ -832,10 +909,8 @@ def native(
         for people, each, first in plan:
             for who, which in _batches(people, each, "native", progress):
                 who = who + NATIVE_FIRST + first
-                pixels = render(sharp, who, which, workers=WORKERS)
-                images += [
-                    _reduce(sharp, *pair) for pair in zip(pixels, who, which, strict=True)
-                ]
+                pixels = render(sharp, who, which)
+                images += [_reduce(sharp, *pair) for pair in zip(pixels, who, which, strict=True)]
         np.savez(
             file,
             pixels=np.concatenate([i.ravel() for i in images]),
@@ -880,7 +955,9 @@ def pairs(
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or folds < 1 or count < 1 or count % (2 * folds):
-        raise ValueError(f"labels must be a list, and count ({count}) a multiple of 2 x folds ({folds})")
+        raise ValueError(
+            f"labels must be a list, and count ({count}) a multiple of 2 x folds ({folds})"
+        )
     rng = np.random.Generator(np.random.Philox(key=[seed, 21]))
     half = count // folds // 2
     parts = np.array_split(rng.permutation(np.unique(labels)), folds)
@@ -888,7 +965,9 @@ def pairs(
     for k, people in enumerate(parts):
         members = [np.flatnonzero(labels == i) for i in people]
         mates = [np.stack(np.triu_indices(len(m), 1), 1) for m in members]
-        mated = np.concatenate([m[t] for m, t in zip(members, mates, strict=True)] or [np.empty((0, 2), int)])
+        mated = np.concatenate(
+            [m[t] for m, t in zip(members, mates, strict=True)] or [np.empty((0, 2), int)]
+        )
         here = np.concatenate(members or [np.empty(0, int)])
         possible = len(here) * (len(here) - 1) // 2 - len(mated)
         if min(len(mated), possible) < half:
@@ -923,8 +1002,6 @@ def _check_count(what: str, value: int, most: int, least: int = 1) -> None:
 
 
 # --------------------------------------------------------------------------------------- cache
-
-WORKERS = min(2, os.cpu_count() or 1)  # threads a split is drawn with; more hardly help
 
 
 def _batches(
@@ -1013,9 +1090,7 @@ def sheet(faces: Faces, name: str, identities: int, instances: int, lr: int) -> 
     pixels = render(
         faces, who, np.tile(np.arange(instances), identities), shifted=name == "shifted"
     )
-    small = F.interpolate(
-        torch.from_numpy(pixels).float(), size=lr, mode="bicubic", antialias=True
-    )
+    small = F.interpolate(torch.from_numpy(pixels).float(), size=lr, mode="bicubic", antialias=True)
     small = F.interpolate(small.round_().clamp_(0, 255), size=faces.size, mode="nearest")
     halves = [pixels, small.to(torch.uint8).numpy()]
     shape = (identities, instances, 3, faces.size, faces.size)
@@ -1024,12 +1099,24 @@ def sheet(faces: Faces, name: str, identities: int, instances: int, lr: int) -> 
     return np.concatenate([h.reshape(rows, instances * faces.size, 3) for h in both], axis=1)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m shared.data.procedural", description=sheet.__doc__)
+    parser = _Parser(prog="python -m shared.data.procedural", description=sheet.__doc__)
     parser.add_argument("--sheet", type=Path, required=True, metavar="OUT.png")
     parser.add_argument("--split", choices=tuple(FIRST), default="train")
     defaults = Faces()
-    for option, value in (("size", 64), ("identities", 8), ("instances", 8), ("lr", 16), ("seed", 0)):
+    for option, value in (
+        ("size", 64),
+        ("identities", 8),
+        ("instances", 8),
+        ("lr", 16),
+        ("seed", 0),
+    ):
         parser.add_argument(f"--{option}", type=int, default=value)
     for option in ("coarse", "fine"):
         parser.add_argument(f"--{option}", type=float, default=getattr(defaults, option))

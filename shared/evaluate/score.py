@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.data import Evaluation, procedural
+from shared.data import procedural
+from shared.data.sets import Evaluation
 from shared.degrade import to_float, to_uint8
 from shared.evaluate.classify import classification
 from shared.evaluate.identify import closed_set, open_set

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shared.config import Data, Network
-from shared.data import Task
 from shared.data.pipeline import normalise
+from shared.data.sets import Task
 from shared.degrade import low, to_uint8
 from shared.models import checkpoints, create, heads
 

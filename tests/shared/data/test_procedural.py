@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_order_and_workers_do_not_change_a_bit() -> None:
     expected = render(SMALL, who, which)
     order = np.random.default_rng(0).permutation(len(who))
     assert np.array_equal(render(SMALL, who[order], which[order]), expected[order])
-    for workers in (1, 2, 3):
+    for workers in (1, 2):
         assert np.array_equal(render(SMALL, who, which, workers=workers), expected)
 
 
@@ -58,7 +59,7 @@ def test_thread_count_changes_no_bit_and_is_left_alone(restore_threads: None) ->
     images = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        images.append(render(Faces(), who, which, shifted=True, workers=threads))
+        images.append(render(Faces(), who, which, shifted=True))
         assert torch.get_num_threads() == threads
     assert np.array_equal(*images)
 
@@ -81,8 +82,6 @@ def test_another_process_draws_the_same_bits() -> None:
         "import hashlib; from shared.data.procedural import *;"
         "print(hashlib.sha256(render(Faces(size=32), [4, 9], [0, 3]).tobytes()).hexdigest())"
     )
-    import hashlib
-
     here = hashlib.sha256(render(SMALL, [4, 9], [0, 3]).tobytes()).hexdigest()
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
@@ -122,15 +121,9 @@ def test_the_same_face_at_two_sizes_is_the_same_picture() -> None:
 
 
 def still(faces: Faces, identities: list[int]) -> np.ndarray:
-    """Identities [N, 3, S, S] in one and the same pose, light and scene, without noise."""
-    quiet = np.zeros((1, 24), np.float32), np.full((1, 28), 0.55, np.float32)
-    conditions = {k: v.copy() for k, v in procedural._conditions(*quiet, False).items()}
-    images = []
-    for identity in identities:
-        person = procedural._person(faces, identity)
-        images.append(person.looks[1, :3].numpy() * 255)
-    assert conditions
-    return np.stack(images)
+    """Canvases [N, 3, A, A] of identities: no instance's pose, light, scene or noise."""
+    people = [procedural._person(faces, identity) for identity in identities]
+    return np.stack([person.looks[1, :3].numpy() * 255 for person in people])
 
 
 def test_coarse_0_and_fine_0_leave_one_face() -> None:
@@ -150,7 +143,7 @@ def test_a_knob_widens_only_its_own_numbers(knob: str) -> None:
     spread = []
     for value in (0.0, 0.5, 1.0):
         drawn = [procedural._numbers(Faces(**{knob: value}), i) for i in range(40)]
-        spread.append([np.std([getattr(p, n) for p in drawn]) for n in names[knob]])
+        spread.append([np.ptp([getattr(p, n) for p in drawn]) for n in names[knob]])
         fixed = [[getattr(p, n) for n in names[other]] for p in drawn]
         assert fixed == [
             [getattr(procedural._numbers(Faces(), i), n) for n in names[other]] for i in range(40)
@@ -160,7 +153,7 @@ def test_a_knob_widens_only_its_own_numbers(knob: str) -> None:
 
 
 def test_fine_details_vanish_at_16_and_coarse_ones_stay() -> None:
-    """Contrast kept by 64 -> 16: identities that differ in fine numbers only, and in coarse only."""
+    """Contrast kept by 64 -> 16 where only the fine, or only the coarse numbers differ."""
 
     def kept(faces: Faces) -> float:
         images = torch.from_numpy(still(faces, list(range(24)))).float()
@@ -185,10 +178,12 @@ def test_two_instances_differ_in_pose_but_identity_is_closer_than_strangers() ->
 
 
 def test_skin_is_never_green() -> None:
-    """In the middle of a cheek red >= green >= blue, up to the mild colour temperature."""
-    for identity in range(60):
-        skin = procedural._along(procedural._SKIN, procedural._numbers(Faces(), identity).skin)
-        assert skin[0] > skin[1] > skin[2]
+    """Skin has red > green > blue, from the lightest to the darkest."""
+    stage = procedural._stage(64)
+    tones = [procedural._Painter(stage, procedural._numbers(Faces(), i)).skin for i in range(200)]
+    assert all(red > green > blue for red, green, blue in tones)
+    brightness = [tone.mean() for tone in tones]
+    assert min(brightness) < 0.35 and max(brightness) > 0.82
 
 
 # splits and the cache
@@ -300,7 +295,9 @@ def test_damaged_cache_is_drawn_again(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_a_broken_run_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -366,16 +363,23 @@ def test_native_size_of_one_picture_does_not_depend_on_the_others(tmp_path: Path
 
 
 @pytest.mark.parametrize(("identities", "instances", "count"), [(100, 6, 600), (300, 6, 6000)])
-def test_pairs_are_balanced_disjoint_and_unique(identities: int, instances: int, count: int) -> None:
+def test_pairs_are_balanced_disjoint_and_unique(
+    identities: int, instances: int, count: int
+) -> None:
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(identities), instances))
     first, second, same = pairs(labels, count=count)
     assert len(first) == len(second) == len(same) == count and same.dtype == bool
     assert np.array_equal(labels[first] == labels[second], same) and np.all(first != second)
     assert len({frozenset(p) for p in zip(first.tolist(), second.tolist(), strict=True)}) == count
-    folds = [set(labels[first[s]]) | set(labels[second[s]]) for s in np.arange(count).reshape(10, -1)]
+    folds = [
+        set(labels[first[s]]) | set(labels[second[s]]) for s in np.arange(count).reshape(10, -1)
+    ]
     assert sum(map(len, folds)) == len(set().union(*folds))
     assert np.all(same.reshape(10, -1).sum(1) == count // 20)
-    assert all(np.array_equal(a, b) for a, b in zip(pairs(labels, count), pairs(labels, count), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(pairs(labels, count), pairs(labels, count), strict=True)
+    )
     assert not np.array_equal(pairs(labels, count, seed=1)[0], first)
 
 
@@ -418,7 +422,8 @@ def test_sheet_is_written_as_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [["--size", "8"], ["--lr", "0"], ["--identities", "x"], ["--split", "no"], ["--seed", "-1"]]
+    "bad",
+    [["--size", "8"], ["--lr", "0"], ["--identities", "x"], ["--split", "no"], ["--seed", "-1"]],
 )
 def test_bad_command_line_ends_with_2_and_one_line(
     tmp_path: Path, bad: list[str], capsys: pytest.CaptureFixture[str]
