@@ -107,6 +107,7 @@ def train(config: Config) -> Path:
             arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)
         }
         results.write(run.folder, rows, test, reference="alone")
+        run.note(seconds=run.seconds())
         print(results.table(run.folder))
         if config.report:
             report.write(run.folder)

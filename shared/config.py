@@ -190,6 +190,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         if dataclasses.is_dataclass(hint):
             value = from_dict(typing.cast(type, hint), value, f"{where}.{name}")
         elif isinstance(value, list):
+            inner = next(iter(typing.get_args(hint)), None)
+            if dataclasses.is_dataclass(inner):
+                value = [from_dict(typing.cast(type, inner), v, f"{where}.{name}") for v in value]
             value = _tuple(value)
         built[name] = value
     return cls(**built)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torchvision.io import encode_png
+from PIL import Image
 
 from shared import cli
 from shared.config import SCHEMA
@@ -241,6 +241,8 @@ def _headline(run: Finished) -> str:
 
 def _image(run: Finished, name: str, figure: Figure, alt: str) -> str:
     """figures/NAME.png, and the <img> that holds the figure as SVG."""
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper left", ncols=4, columnspacing=1, handlelength=1.3)
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
@@ -255,10 +257,6 @@ def _image(run: Finished, name: str, figure: Figure, alt: str) -> str:
 def _panel(width: float = 3.4, height: float = 2.5) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")  # inches
     return figure, figure.add_subplot()
-
-
-def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=1, handlelength=1.3)
 
 
 def _training(run: Finished) -> str:
@@ -280,9 +278,10 @@ def _curves(run: Finished, term: str) -> str:
     figure, axes = _panel()
     shown, values = [], []
     for phase, entries in run.metrics.items():
+        per_epoch = _steps_per_epoch(entries)
         for key in ("cos_pos", "cos_neg") if term == "cos" else (term,):
             found = [x for x in entries if key in x and ("development" in x) == scores]
-            epochs = [x["epoch"] if scores else x["step"] / _epoch(entries) for x in found]
+            epochs = [x["epoch"] if scores else x["step"] / per_epoch for x in found]
             points = np.array([epochs, [x[key] for x in found]], dtype=float).T
             if not len(points) or not points[:, 1].any():
                 continue
@@ -304,12 +303,11 @@ def _curves(run: Finished, term: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     title = f"development {_headline(run)} (%)" if scores else TERMS.get(term, term)
     axes.set(xlabel="epoch", title=title)
-    _legend(figure)
     return _image(run, f"training-{term}", figure, f"{title} against epochs: {', '.join(shown)}")
 
 
-def _epoch(entries: list[dict[str, float]]) -> float:
-    """Steps an epoch: a development score stands at an epoch's last step; else an estimate."""
+def _steps_per_epoch(entries: list[dict[str, float]]) -> float:
+    """A development score stands at an epoch's last step; without one this is an estimate."""
     for entry in entries:
         if "development" in entry:
             return (entry["step"] + 1) / entry["epoch"]
@@ -338,7 +336,6 @@ def _similarity(run: Finished) -> str:
         axes.stairs(negative, bins, color=INK, lw=1.2, label="different people")
         axes.axvline(float(run.arrays[f"{name}/threshold"]), color=INK, ls="--", lw=0.8)
         axes.set(xlim=(left, 1), ylim=(0, top), xlabel="cosine", ylabel="pairs (%)", title=title)
-        _legend(figure)
         plots += _image(run, f"similarity-{name}", figure, f"Histograms of cosines, {title}")
     return (
         "<p>Margin: mean cosine of pairs of the same person minus that of different people. "
@@ -404,9 +401,7 @@ def _examples(run: Finished) -> str:
         high = torch.as_tensor(images)  # [2, 3, H, W]
         small = low(high, data["lr"], mode=data["kernel"], antialias=data["antialias"])
         faces = "".join(
-            f'<img src="data:image/png;base64,'
-            f'{base64.b64encode(encode_png(x.contiguous()).numpy().tobytes()).decode()}" '
-            f'alt="face {k} at {x.shape[-1]} px">'
+            f'<img src="data:image/png;base64,{_png(x)}" alt="face {k} at {x.shape[-1]} px">'
             for view in (high, small)
             for k, x in zip("AB", view, strict=True)
         )
@@ -424,6 +419,13 @@ def _examples(run: Finished) -> str:
         text += f"<h3>{'Right' if right else 'Wrong'}: {who}, taken for {told}</h3>\n"
         text += f'<div class="pairs">{groups[right, alike]}</div>\n'
     return text
+
+
+def _png(pixels: torch.Tensor) -> str:
+    """uint8 [3, H, W] as base64 PNG."""
+    png = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()
 
 
 # -- page ----------------------------------------------------------------------------------------
@@ -455,7 +457,8 @@ table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nu
 th,td{padding:.4rem .9rem .4rem 0;text-align:right;border-bottom:1px solid #8883}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 tbody th{font-weight:500}
-th i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
+th i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em;
+ print-color-adjust:exact}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:1rem}
 .plots.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr))}
 .plot{width:100%;height:auto}
@@ -466,7 +469,8 @@ figcaption{grid-column:1/3;font-size:.8125rem;font-variant-numeric:tabular-nums}
 summary{cursor:pointer;margin:.6rem 0}
 pre{overflow-x:auto;font-size:.8125rem;line-height:1.4}
 @media print{:root{color-scheme:light}body{max-width:none;padding:0}.scroll{overflow:visible}
- table{font-size:.6rem;white-space:normal}figure,.plot{break-inside:avoid}h2,h3{break-after:avoid}}
+ .plots{grid-template-columns:repeat(3,1fr)}.plots.wide{grid-template-columns:1fr 1fr}
+ .pairs{grid-template-columns:repeat(6,1fr)}table{font-size:.6rem;white-space:normal}figure,.plot{break-inside:avoid}h2,h3{break-after:avoid}}
 """
 )
 

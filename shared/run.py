@@ -55,6 +55,7 @@ class Run:
         self.precision: str = config.precision
         self.folder = Path(config.resume) if config.resume else self._new_folder()
         self._facts: dict[str, Any] = {}
+        self._began = time.monotonic()
         self._bar_shown = sys.stderr.isatty() and self.rank == 0
 
     @classmethod
@@ -184,6 +185,10 @@ class Run:
         return box[0]
 
     # -- folder ----------------------------------------------------------------------------------
+
+    def seconds(self) -> int | None:
+        """Since the run began; None for a resumed one, whose earlier part was not timed."""
+        return None if self.config.resume else round(time.monotonic() - self._began)
 
     def say(self, line: str) -> None:
         if self.rank == 0:

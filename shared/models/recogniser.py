@@ -51,7 +51,7 @@ class Recogniser(nn.Module):
     def logits(self, embedding: Tensor, label: Tensor | None = None) -> Tensor:
         """[B, D] -> [B, classes] float32."""
         if self.head is None:
-            return self.backbone.classify(embedding).float()  # type: ignore[operator]
+            return self.backbone.classify(embedding.float()).float()  # type: ignore[operator]
         return self.head(embedding, label)
 
 
