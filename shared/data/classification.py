@@ -6,6 +6,7 @@ All come as square uint8 RGB images of `data.hr` px, in memory where they fit.
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def _torchvision(data: Data, cache: Path) -> Parts:
             reader = datasets.CIFAR100 if data.name == "cifar100" else datasets.CIFAR10
             part = reader(str(root), train=train, download=download)
             return _resident(part.data.transpose(0, 3, 1, 2), part.targets, data)
-        except (RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+        except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.PickleError) as error:
             reason = str(error).split("\n")[0]
             if isinstance(error, ValueError) and "--" in reason:
                 raise
