@@ -102,7 +102,8 @@ def train(config: Config) -> Path:
     # ---- score
     if run.rank == 0:
         test = data.evaluations["test"]
-        rows = results.teacher_rows(taught_by, test, c)
+        with run.autocast():
+            rows = results.teacher_rows(taught_by, test, c)
         rows |= {
             arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)
         }

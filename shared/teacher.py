@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
+from shared.data import procedural
 from shared.data.pipeline import Loader
 from shared.data.sets import DataSet, Task
 from shared.models import checkpoints
@@ -131,6 +132,8 @@ def _folder(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Path:
     seen = {k: v for k, v in dataclasses.asdict(data).items() if k not in _STUDENT_ONLY}
     c = run.config
     made_by = [SCHEMA, seen, teacher, dataset.teacher_classes, len(dataset.teacher_train)]
+    if data.name == "faces":
+        made_by.append(procedural.VERSION)
     key = digest(*made_by, c.seed, run.precision, c.channels_last, run.world)
     folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)

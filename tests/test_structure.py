@@ -34,14 +34,17 @@ def forbidden(path: Path) -> list[str]:
     """Imports that break the layout: shared knows no paper, a paper no other, none is relative."""
     own = path.relative_to(ROOT).parts[0]
     barred = {*PAPERS, "compare", "."} - {own}
-    return [f"{path.relative_to(ROOT)}:{line} {top}" for top, line in imports(path) if top in barred]
+    where = path.relative_to(ROOT)
+    return [f"{where}:{line} {top}" for top, line in imports(path) if top in barred]
 
 
 def test_no_package_imports_what_it_may_not() -> None:
     assert [line for path in SOURCES for line in forbidden(path)] == []
 
 
-@pytest.mark.parametrize("line", ["import aird.losses", "from btnet import model", "from . import x"])
+@pytest.mark.parametrize(
+    "line", ["import aird.losses", "from btnet import model", "from . import x"]
+)
 def test_a_forbidden_import_is_caught(tmp_path: Path, monkeypatch, line: str) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "shared" / "x.py"
@@ -79,7 +82,8 @@ def test_every_configuration_field_is_read() -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
     there = {".".join(p.parent.relative_to(ROOT).parts) for p in SOURCES if p.name == "__init__.py"}
     assert listed == there
 

@@ -84,7 +84,8 @@ def test_a_single_image_has_no_partner() -> None:
 
 def filled(labels: list[int], index: list[int]) -> FeatureQueue:
     queue = FeatureQueue(len(labels), 2)
-    queue.push(torch.arange(2.0 * len(labels)).view(-1, 2), torch.tensor(labels), torch.tensor(index))
+    features = torch.arange(2.0 * len(labels)).view(-1, 2)
+    queue.push(features, torch.tensor(labels), torch.tensor(index))
     return queue
 
 

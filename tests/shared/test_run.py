@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_config, monkeypatch) -
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """A limit on file size stands in for a full disk: a short write, then an error of the system."""
+    """A limit on file size stands in for a full disk: a short write, then a system error."""
     script = textwrap.dedent(
         """
         import resource, signal, sys, torch

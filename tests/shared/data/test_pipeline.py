@@ -155,7 +155,8 @@ def test_plain_goes_round_and_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "words"), [(4, 5, "4 training images do not fill a batch of 5"), (9, 1, "fill")]
+    ("count", "size", "words"),
+    [(4, 5, "4 training images do not fill a batch of 5"), (9, 1, "fill")],
 )
 def test_a_batch_that_cannot_be_filled_is_refused(count: int, size: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):

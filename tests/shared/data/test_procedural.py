@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.data import procedural
+from shared.data import portrait, procedural
 from shared.data.procedural import Faces, gallery_probes, native, pairs, render, split
 
 SMALL = Faces(size=32)
@@ -71,7 +71,7 @@ def test_callers_random_states_and_default_dtype_do_not_matter() -> None:
     assert np.array_equal(np.random.get_state()[1], states[1])
     torch.set_default_dtype(torch.float64)
     try:
-        procedural._stage.cache_clear()
+        portrait._stage.cache_clear()
         assert np.array_equal(render(SMALL, [1], [1]), expected)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -122,7 +122,7 @@ def test_the_same_face_at_two_sizes_is_the_same_picture() -> None:
 
 def still(faces: Faces, identities: list[int]) -> np.ndarray:
     """Canvases [N, 3, A, A] of identities: no instance's pose, light, scene or noise."""
-    people = [procedural._person(faces, identity) for identity in identities]
+    people = [portrait._person(faces, identity) for identity in identities]
     return np.stack([person.looks[1, :3].numpy() * 255 for person in people])
 
 
@@ -136,17 +136,17 @@ def test_coarse_0_and_fine_0_leave_one_face() -> None:
 @pytest.mark.parametrize("knob", ["coarse", "fine"])
 def test_a_knob_widens_only_its_own_numbers(knob: str) -> None:
     names = {
-        "coarse": (*procedural._COARSE, *procedural._COARSE_U),
-        "fine": (*procedural._FINE, *procedural._FINE_U),
+        "coarse": (*portrait._COARSE, *portrait._COARSE_U),
+        "fine": (*portrait._FINE, *portrait._FINE_U),
     }
     other = "fine" if knob == "coarse" else "coarse"
     spread = []
     for value in (0.0, 0.5, 1.0):
-        drawn = [procedural._numbers(Faces(**{knob: value}), i) for i in range(40)]
+        drawn = [portrait._numbers(Faces(**{knob: value}), i) for i in range(40)]
         spread.append([np.ptp([getattr(p, n) for p in drawn]) for n in names[knob]])
         fixed = [[getattr(p, n) for n in names[other]] for p in drawn]
         assert fixed == [
-            [getattr(procedural._numbers(Faces(), i), n) for n in names[other]] for i in range(40)
+            [getattr(portrait._numbers(Faces(), i), n) for n in names[other]] for i in range(40)
         ]
     assert np.all(np.array(spread[0]) == 0)
     assert np.all(np.array(spread[0]) < spread[1]) and np.all(np.array(spread[1]) < spread[2])
@@ -179,8 +179,8 @@ def test_two_instances_differ_in_pose_but_identity_is_closer_than_strangers() ->
 
 def test_skin_is_never_green() -> None:
     """Skin has red > green > blue, from the lightest to the darkest."""
-    stage = procedural._stage(64)
-    tones = [procedural._Painter(stage, procedural._numbers(Faces(), i)).skin for i in range(200)]
+    stage = portrait._stage(64)
+    tones = [portrait._Painter(stage, portrait._numbers(Faces(), i)).skin for i in range(200)]
     assert all(red > green > blue for red, green, blue in tones)
     brightness = [tone.mean() for tone in tones]
     assert min(brightness) < 0.35 and max(brightness) > 0.82
@@ -406,8 +406,7 @@ def test_gallery_is_the_first_image_of_everybody() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # -W: the package imports this module too, of which Python's -m switch warns
-    start = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "shared.data.procedural"]
+    start = [sys.executable, "-W", "error::RuntimeWarning", "-m", "shared.data.procedural"]
     return subprocess.run([*start, *arguments], capture_output=True, text=True, check=False)
 
 

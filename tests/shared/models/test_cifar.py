@@ -302,10 +302,8 @@ def forward_shuffle_v1(net: Plain, x: torch.Tensor) -> torch.Tensor:
             out = net.conv(f"{key}.conv2", out, 2 if down else 1, groups=out.shape[1])
             out = net.bn(f"{key}.bn2", out).relu()
             out = net.bn(f"{key}.bn3", net.conv(f"{key}.conv3", out, groups=3))
-            if down:
-                x = torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1).relu()
-            else:
-                x = (out + x).relu()
+            joined = torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if down else out + x
+            x = joined.relu()
     return net.linear("linear", F.avg_pool2d(x, 4).flatten(1))
 
 
