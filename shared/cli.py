@@ -1,7 +1,8 @@
 """The command line of every train.py: a recipe's name, typed overrides, and one line for bad input.
 
-python train.py [RECIPE] [--seed 3] [--optim.lr .05] ...
-python train.py --resume RUN
+    python train.py [RECIPE] [--seed 3] [--optim.lr .05] ...
+    python train.py table1 --only 3          # the third run of a recipe that has several
+    python train.py --resume RUN
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def parse(
     if any(a == "--resume" or a.startswith("--resume=") for a in args):
         return _resume(type(config), args)
 
+    runs = getattr(config, "vary", ())  # of a table or figure: not flags, but --only
+    listing = "".join(f"\n  {k}: {_changes(v)}" for k, v in enumerate(runs, 1))
+    if "--only" in args:
+        runs = _only(args, runs)
+    config = dataclasses.replace(config, vary=()) if runs else config
+
     import tyro  # only a script's command line needs it
 
     known = _flags(config)
@@ -51,22 +58,39 @@ def parse(
         if flag.startswith("--") and flag != "--help" and _plain(flag) not in known:
             near = difflib.get_close_matches(_plain(flag), known, n=1)
             fail(f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    listing = "\n".join(f"  {r:<22} {about[r]}" for r in recipes)
+    table = "\n".join(f"  {r:<22} {about[r]}" for r in recipes)
     description = (
         f"python train.py [RECIPE] [FLAGS]: recipe {name!r} and what you change in it.\n\n"
-        f"Recipes:\n\n{listing}\n\nThe flags below show this recipe's values."
+        f"Recipes:\n\n{table}\n\n"
+        + (f"The runs of {name} (--only K takes one):\n{listing}\n\n" if listing else "")
+        + "The flags below show this recipe's values."
     )
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-            return tyro.cli(
+            read: Any = tyro.cli(
                 type(config), default=config, args=args, description=description, prog="train.py"
             )
+            return dataclasses.replace(read, vary=runs) if runs else read
     except SystemExit as stop:
         if not stop.code:
             print(out.getvalue(), end="")
             raise SystemExit(0) from None
         fail(_one_line(err.getvalue() + out.getvalue()))
+
+
+def _only(args: list[str], runs: tuple[Any, ...]) -> tuple[Any, ...]:
+    at = args.index("--only")
+    wanted = args[at + 1] if at + 1 < len(args) else ""
+    del args[at : at + 2]
+    if not wanted.isdigit() or not 1 <= int(wanted) <= len(runs):
+        fail(f"--only {wanted}: this recipe has {len(runs) or 'no'} runs to choose from")
+    return runs[int(wanted) - 1 : int(wanted)]
+
+
+def _changes(variant: Any) -> str:
+    values = dataclasses.asdict(variant).items()
+    return ", ".join(f"{k} {v}" for k, v in values if v is not None)
 
 
 def _resume(cls: type[C], args: list[str]) -> C:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crrcd.config import ABOUT, RECIPES, Config
+from crrcd.config import ABOUT, RECIPES, Config, members
 from shared import cli
 from shared.config import Data, from_dict, to_dict
 from tests.conftest import ROOT, python
@@ -37,9 +37,17 @@ def test_a_recipe_and_typed_overrides() -> None:
     assert parse() == RECIPES["embedded"]
 
 
+def test_only_takes_one_run_of_a_table() -> None:
+    (one,) = members(parse("table1", "--only", "3", "--seed", "9"))
+    assert (one.teacher.name, one.student.name, one.seed) == ("resnet56", "resnet20", 9)
+    assert len(members(parse("table1"))) == 7 and len(members(parse("table2"))) == 5
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (("table1", "--only", "8"), "--only 8: this recipe has 7 runs"),
+        (("--only", "1"), "this recipe has no runs"),
         (("embeded",), "no recipe 'embeded' in crrcd; did you mean embedded?"),
         (("--optim.lrr", "1"), "no flag --optim.lrr; did you mean --optim.lr?"),
         (("--nonsense",), "no flag --nonsense"),
