@@ -53,7 +53,7 @@ def smoke(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Kernel benchmarks: ratios to the reference, measured side by side in one process."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "benchmarks", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "benchmarks", "-s", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -151,6 +151,8 @@ class Run:
     """Where rendered data, downloads and teachers are kept, from the clone's root or absolute."""
     resume: str = ""
     """A run folder to go on with, under its own configuration."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder (needs the tensorboard extra)."""
     report: bool = True
     """Write report.html at the end."""
 

@@ -55,6 +55,7 @@ class Phase:
         self._signal = 0
         self._metrics = folder / "metrics.jsonl"
         self._restore()
+        self._events = self._open_events()
 
     def __iter__(self) -> Iterator[Batch]:
         began, from_step = time.perf_counter(), self.step
@@ -78,6 +79,8 @@ class Phase:
                         self.save()
         bar.close()
         self._flush()
+        if self._events:
+            self._events.close()
 
     def log(self, batch: Batch, **terms: Tensor) -> dict[str, float] | None:
         """Note the terms of a step (scalars); every `log_every`th goes to metrics.jsonl.
@@ -205,6 +208,21 @@ class Phase:
             line = {"phase": self.name, "step": self.step, **values}
             with open(self._metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if self._events:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, self.step)
+
+    def _open_events(self) -> Any:
+        """A TensorBoard writer for this phase, if one is asked for; steps to be done again go."""
+        if not self.run.config.tensorboard or self.run.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "--tensorboard needs the extra: python -m pip install -e .[tensorboard]"
+            ) from None
+        return SummaryWriter(str(self.folder / "events" / self.name), purge_step=self.step)
 
     def _flush(self) -> None:
         for step, index, terms in self._pending:

@@ -354,3 +354,14 @@ def test_progress_is_plain_lines_without_a_terminal_and_a_bar_on_one(make_config
         seen += part
     assert process.wait(60) == 0
     assert b"\r" in seen and b"img/s" in seen and b"step/s" in seen
+
+
+def test_tensorboard_events_hold_the_metrics(make_config) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train(make_config(tensorboard=True))
+    events = accumulator.EventAccumulator(str(run / "events" / "crrcd"))
+    events.Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [(x["step"], x["rcd"]) for x in lines if x["phase"] == "crrcd" and "rcd" in x]
+    found = [(e.step, e.value) for e in events.Scalars("rcd")]
+    assert found == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected]

@@ -150,6 +150,7 @@ def test_bad_labels_and_features_are_clear_errors(head_type):
         head_type(4, 3, margin=-0.1)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts host syncs of a GPU")
 @pytest.mark.parametrize("head_type", [ArcFace, CosFace])
 def test_a_cuda_step_never_waits_for_the_device(head_type):
