@@ -53,6 +53,14 @@ class Config(Run):
     vary: tuple[Variant, ...] = ()
     """The runs of a table or figure, one after the other; --only K takes the K-th."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.n, self.d, self.queue) < 1 or min(self.tau, self.rho) <= 0:
+            raise ValueError(
+                f"--n {self.n}, --d {self.d}, --queue {self.queue} must be 1 or more, and "
+                f"--tau {self.tau}, --rho {self.rho} above 0"
+            )
+
 
 # CIFAR-100 as in RepDistiller: crop with padding 4, flip, and both networks see 32x32, because the
 # paper's baselines are those published at 32x32 (README.md, "where the paper is silent").
@@ -176,7 +184,7 @@ def members(config: Config) -> list[Config]:
             one = replace(one, teacher=replace(one.teacher, name=v.teacher))
         if v.student is not None:
             one = replace(one, student=replace(one.student, name=v.student))
-            if v.student.startswith(("shufflenet", "mobilenet")):  # RepDistiller's rate for these
+            if v.student.startswith("shufflenet"):  # RepDistiller's rate for these
                 one = replace(one, optim=replace(one.optim, lr=0.01))
         runs.append(one)
     return runs
@@ -186,10 +194,12 @@ def arms(config: Config) -> dict[str, Config]:
     """The students of one run by name: the baselines, then the paper's."""
     kd = replace(config, beta=0.0)
     alone = replace(kd, alpha=0.0)
-    epochs = round(config.long * config.optim.epochs)
+    o, times = config.optim, config.long
+    later = tuple(round(times * m) for m in o.milestones)
+    longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
     known = {
         "alone": alone,
-        "alone-long": replace(alone, optim=replace(config.optim, epochs=epochs)),
+        "alone-long": replace(alone, optim=longer),
         "kd": kd,
     }
     return {name: known[name] for name in config.baselines} | {"crrcd": config}

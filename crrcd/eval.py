@@ -14,9 +14,12 @@ from shared.data import procedural
 from shared.data.sets import evaluation
 from shared.evaluate.score import score_native
 from shared.files import write_text
+from shared.run import choose_device
 
 
-def evaluate(run: Path, on: str = "test", root: str = "", best: bool = False) -> str:
+def evaluate(
+    run: Path, on: str = "test", root: str = "", best: bool = False, device: str = "cpu"
+) -> str:
     """Score every student of a run; returns the table, and keeps it in the run's folder as JSON.
 
     on: "test", "development", "shifted" (faces), "native" (faces of 6 to 60 px, open set) or
@@ -36,10 +39,17 @@ def evaluate(run: Path, on: str = "test", root: str = "", best: bool = False) ->
         return _native(config, students, run, cache)
     if on == "folder" and not root:
         raise ValueError("--on folder needs --root FOLDER (FOLDER/<class>/<image>)")
-    wanted = evaluation(config.data, on, root, cache=cache, task=task)
-    rows = {arm: results.student_row(student, wanted) for arm, student in students.items()}
+    classes = next(iter(students.values())).classes
+    wanted = evaluation(
+        config.data, on, root, cache=cache, task=task, classes=classes,
+        teachers=config.teacher.identities,
+    )  # fmt: skip
+    rows = {
+        arm: results.student_row(student.to(device), wanted) for arm, student in students.items()
+    }
     name = f"eval-{on}{'-best' if best else ''}"
-    results.write(run, rows, wanted, reference="alone", name=name)
+    epoch = "best" if best else "last"
+    results.write(run, rows, wanted, reference="alone", name=name, epoch=epoch)
     return results.table(run, name)
 
 
@@ -49,7 +59,9 @@ def _native(config: Config, students: dict, run: Path, cache: Path) -> str:
         raise ValueError("--on native: only procedural faces have a split of native sizes")
     faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
     native = procedural.native(faces, identities=300, unmated=300, per_identity=4, cache=cache)
-    found = {arm: score_native(student, native, data.lr) for arm, student in students.items()}
+    found = {
+        arm: score_native(student.to("cpu"), native, data.lr) for arm, student in students.items()
+    }
     write_text(run / "eval-native.json", json.dumps(found, indent=1))
     columns = list(next(iter(found.values())))
     lines = [" " * 12 + "".join(c.rjust(20) for c in columns)]
@@ -67,8 +79,10 @@ def main() -> None:
     )
     parser.add_argument("--root", default="", help="for --on folder: FOLDER/<class>/<image>")
     parser.add_argument("--best", action="store_true", help="the best development epoch's students")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args()
-    print(evaluate(args.run, args.on, args.root, args.best))
+    device = str(choose_device(args.device))
+    print(evaluate(args.run, args.on, args.root, args.best, device))
 
 
 if __name__ == "__main__":

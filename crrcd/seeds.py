@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crrcd.config import ABOUT, RECIPES, Config, arms
+from crrcd.config import ABOUT, RECIPES, Config, arms, members
 from crrcd.train import NAME
 from shared import cli
 from shared.config import digest, locate, to_dict
@@ -61,7 +61,9 @@ def summarise(runs: list[Path], students: list[str]) -> dict:
     """Percent: means over seeds (t intervals), paired differences over seeds x identities."""
     records = [json.loads((run / "results.json").read_text()) for run in runs]
     arrays = [np.load(run / "arrays.npz") for run in runs]
-    summary: dict = {"seeds": len(runs), "rows": {}, "differences": {}}
+    made = [json.loads((run / "config.json").read_text()) for run in runs]
+    by = {key: sorted({str(m[key]) for m in made}) for key in ("git", "precision", "threads")}
+    summary: dict = {"seeds": len(runs), "made_by": by, "rows": {}, "differences": {}}
     for column in records[0]["columns"]:
         groups = arrays[0][f"groups/{column}"]
 
@@ -84,7 +86,9 @@ def summarise(runs: list[Path], students: list[str]) -> dict:
 
 def table(summary: dict) -> str:
     columns = list(next(iter(summary["rows"].values())))
-    lines = [f"{summary['seeds']} seeds".ljust(22) + "".join(c.rjust(28) for c in columns)]
+    mixed = [f"{k}: {', '.join(v)}" for k, v in summary["made_by"].items() if len(v) > 1]
+    lines = [f"warning: seeds made differently ({'; '.join(mixed)})"] if mixed else []
+    lines += [f"{summary['seeds']} seeds".ljust(22) + "".join(c.rjust(28) for c in columns)]
     for part in ("rows", "differences"):
         for name, cells in summary[part].items():
             shown = (f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells.values())
@@ -98,13 +102,20 @@ def _cell(interval: Interval) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m crrcd.seeds", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m crrcd.seeds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     args, flags = parser.parse_known_args()
     if args.seeds < 2 or args.jobs < 1:
         raise ValueError("--seeds must be 2 or more and --jobs 1 or more")
-    config = cli.parse(NAME, RECIPES, ABOUT, argv=flags)
+    config = cli.parse(NAME, RECIPES, ABOUT, members, argv=flags)
+    if len(members(config)) > 1:
+        raise ValueError(f"{config.recipe} is {len(members(config))} runs: choose one by --only K")
     rest = flags[1:] if flags and not flags[0].startswith("-") else flags
     folder = run_seeds(config, args.seeds, args.jobs, [*rest, "--no-report"])
     print(table(json.loads((folder / "summary.json").read_text())))

@@ -34,10 +34,11 @@ def train(config: Config) -> Path:
     c = config.data
 
     # ---- data
-    data = load(c, cache=locate(config.cache), teacher_identities=config.teacher.identities)
+    cache, known = locate(config.cache), config.teacher.identities
+    data = run.in_turn(lambda: load(c, cache=cache, teacher_identities=known))
     loader = Loader(data.train, c, config.optim.batch, seed=config.seed, device=run.device,
                     rank=run.rank, world=run.world)  # fmt: skip
-    run.note(licence=data.licence, skipped=list(data.skipped))
+    run.note(licence=data.licence, selection=data.selection)
 
     # ---- networks
     run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
@@ -65,7 +66,7 @@ def train(config: Config) -> Path:
         for batch in phase:
             student.train()
             with run.autocast():
-                e_s = net(batch.x_l)
+                e_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
                     e_t, z_t = taught_by(batch.x_h())
             cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
@@ -105,10 +106,13 @@ def train(config: Config) -> Path:
         with run.autocast():
             rows = results.teacher_rows(taught_by, test, c)
         rows |= {
-            arm: results.student_row(load_student(run.folder, arm), test) for arm in arms(config)
+            arm: results.student_row(run.place(load_student(run.folder, arm)), test)
+            for arm in arms(config)
         }
         results.write(run.folder, rows, test, reference="alone")
-        run.note(seconds=run.seconds())
+        run.note(seconds=run.seconds(), skipped=data.left_out())
+        if data.left_out():
+            run.say(f"{len(data.left_out())} images could not be decoded and were left out")
         print(results.table(run.folder))
         if config.report:
             report.write(run.folder)
@@ -126,7 +130,10 @@ def load_student(run: str | Path, arm: str = NAME, *, best: bool = False) -> Stu
 
 
 def main() -> None:
-    for config in members(cli.parse(NAME, RECIPES, ABOUT)):
+    runs = members(cli.parse(NAME, RECIPES, ABOUT, members))
+    if len(runs) > 1 and runs[0].folder:
+        raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
+    for config in runs:
         train(config)
 
 

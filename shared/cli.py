@@ -28,10 +28,15 @@ def parse(
     paper: str,
     recipes: Mapping[str, C],
     about: Mapping[str, str],
+    expand: Callable[[Any], list[Any]],
     default: str = "embedded",
     argv: list[str] | None = None,
 ) -> C:
-    """The configuration that the command line asks for; exits with code 2 and a line if it errs."""
+    """The configuration that the command line asks for; exits with code 2 and a line if it errs.
+
+    recipes and about: configurations and their lines of help by name. expand: the runs of a recipe
+    that is a whole table or figure (its field `vary`), of which `--only K` takes one.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     name = default
     if args and not args[0].startswith("-"):
@@ -44,11 +49,17 @@ def parse(
     if any(a == "--resume" or a.startswith("--resume=") for a in args):
         return _resume(type(config), args)
 
-    runs = getattr(config, "vary", ())  # of a table or figure: not flags, but --only
-    listing = "".join(f"\n  {k}: {_changes(v)}" for k, v in enumerate(runs, 1))
+    several = expand(config)  # the runs of a table or figure
+    listing = "".join(f"\n  {k}: {_told(_differing(several), v)}" for k, v in enumerate(several, 1))
     if "--only" in args:
-        runs = _only(args, runs)
-    config = dataclasses.replace(config, vary=()) if runs else config
+        config = _only(args, several)
+        several = [config]
+    elif len(several) > 1:
+        for flag in sorted(_differing(several)):
+            if any(_plain(a.split("=")[0]) == flag for a in args):
+                fail(f"{flag} differs between the runs of {name}: choose one of them by --only K")
+    runs = config.vary if len(several) > 1 else ()
+    config = dataclasses.replace(config, vary=())
 
     import tyro  # only a script's command line needs it
 
@@ -62,7 +73,7 @@ def parse(
     description = (
         f"python train.py [RECIPE] [FLAGS]: recipe {name!r} and what you change in it.\n\n"
         f"Recipes:\n\n{table}\n\n"
-        + (f"The runs of {name} (--only K takes one):\n{listing}\n\n" if listing else "")
+        + (f"The runs of {name} (--only K takes one):\n{listing}\n\n" if runs else "")
         + "The flags below show this recipe's values."
     )
     out, err = io.StringIO(), io.StringIO()
@@ -71,7 +82,7 @@ def parse(
             read: Any = tyro.cli(
                 type(config), default=config, args=args, description=description, prog="train.py"
             )
-            return dataclasses.replace(read, vary=runs) if runs else read
+            return dataclasses.replace(read, vary=runs)
     except SystemExit as stop:
         if not stop.code:
             print(out.getvalue(), end="")
@@ -79,18 +90,35 @@ def parse(
         fail(_one_line(err.getvalue() + out.getvalue()))
 
 
-def _only(args: list[str], runs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _only(args: list[str], several: list[Any]) -> Any:
     at = args.index("--only")
     wanted = args[at + 1] if at + 1 < len(args) else ""
     del args[at : at + 2]
-    if not wanted.isdigit() or not 1 <= int(wanted) <= len(runs):
-        fail(f"--only {wanted}: this recipe has {len(runs) or 'no'} runs to choose from")
-    return runs[int(wanted) - 1 : int(wanted)]
+    if not wanted.isdigit() or not 1 <= int(wanted) <= len(several):
+        fail(f"--only {wanted}: this recipe has {len(several)} to choose from")
+    return several[int(wanted) - 1]
 
 
-def _changes(variant: Any) -> str:
-    values = dataclasses.asdict(variant).items()
-    return ", ".join(f"{k} {v}" for k, v in values if v is not None)
+def _differing(several: list[Any]) -> set[str]:
+    """The flags whose values are not the same in all of these configurations."""
+    values = [_values(one) for one in several]
+    return {flag for flag in values[0] if len({str(v[flag]) for v in values}) > 1}
+
+
+def _told(flags: set[str], config: Any) -> str:
+    values = _values(config)
+    return ", ".join(f"{flag[2:]} {values[flag]}" for flag in sorted(flags))
+
+
+def _values(config: Any, prefix: str = "--") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), _plain(f"{prefix}{field.name}")
+        if dataclasses.is_dataclass(value):
+            found |= _values(value, f"{flag}.")
+        else:
+            found[flag] = value
+    return found
 
 
 def _resume(cls: type[C], args: list[str]) -> C:
@@ -120,19 +148,12 @@ def stored(cls: type[C], folder: str | Path) -> C:
     return from_dict(cls, record["config"], str(path))
 
 
-def _flags(config: Any, prefix: str = "--") -> list[str]:
+def _flags(config: Any) -> list[str]:
     names = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        plain = field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            names += _flags(value, f"{prefix}{plain}.")
-        elif isinstance(value, bool):
-            head, _, last = f"{prefix}{plain}".rpartition(".")
-            negative = f"{head}.no-{last}" if head else f"--no-{plain}"
-            names += [f"{prefix}{plain}", negative]
-        else:
-            names.append(f"{prefix}{plain}")
+    for flag, value in _values(config).items():
+        head, _, last = flag.rpartition(".")
+        negative = f"{head}.no-{last}" if head else f"--no-{flag[2:]}"
+        names += [flag, negative] if isinstance(value, bool) else [flag]
     return names
 
 
@@ -141,10 +162,10 @@ def _plain(flag: str) -> str:
 
 
 def _one_line(message: str) -> str:
-    """tyro's boxed message without the box."""
-    words = re.sub(r"[─│╭╮╰╯]", " ", message)
-    words = re.sub(r"\s+", " ", words).strip()
-    words = re.sub(r"^(Parsing error|Required options|Invalid \w+)\s*", "", words)
+    """What tyro's boxed message says, without box, title and excerpt of the help."""
+    lines = [re.sub(r"[─│╭╮╰╯]|--{3,}", " ", line).strip() for line in message.splitlines()]
+    words = " ".join(" ".join(line for line in lines[1:] if line).split())
+    words = re.sub(r"\s*Argument helptext:.*", "", words)
     return re.sub(r"\s*For full helptext, (see|run) .*$", "", words)
 
 

@@ -69,6 +69,12 @@ class Data:
     fine: float = 1.4
     """faces: how far people differ in what only HR shows (brows, irises, moles)."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, "data", self, "hr", "lr", "shift_step", "identities", "instances")
+        _at_least(0, "data", self, "shift", "classes", "workers", "resident_gib")
+        if min(self.std) <= 0:
+            raise ValueError(f"--data.std {self.std}: every deviation must be above 0")
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -77,11 +83,15 @@ class Optim:
     lr: float = 0.1
     """Peak learning rate, for this batch size."""
     momentum: float = 0.9
+    """Of SGD."""
     nesterov: bool = True
+    """Nesterov's form of momentum."""
     weight_decay: float = 5e-4
+    """On every parameter."""
     batch: int = 64
     """Images a step, over all ranks."""
     epochs: int = 24
+    """Passes over the training images."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: to 0 after the warm-up. step: times gamma at each milestone."""
     warmup: float = 0.1
@@ -91,6 +101,11 @@ class Optim:
     gamma: float = 0.1
     clip: float = 0.0
     """Largest norm of the whole gradient; 0: measured, not clipped."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "optim", self, "epochs")
+        _at_least(2, "optim", self, "batch")
+        _at_least(0, "optim", self, "lr", "clip", "warmup", "momentum", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -133,8 +148,6 @@ class Run:
     """auto: three timed steps of each decide, and the choice is recorded."""
     threads: int = 0
     """CPU threads; 0: PyTorch's own choice. Recorded: other counts give other bits."""
-    channels_last: bool = True
-    """Memory format of images and weights."""
     compile: bool = False
     """torch.compile the student; worth it for long runs only."""
     evaluate_every: int = 4
@@ -155,6 +168,18 @@ class Run:
     """Also write TensorBoard events into the run folder (needs the tensorboard extra)."""
     report: bool = True
     """Write report.html at the end."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "", self, "threads", "checkpoint_seconds")
+        _at_least(1, "", self, "log_every", "evaluate_every")
+
+
+def _at_least(least: float, prefix: str, config: Any, *names: str) -> None:
+    """Raises ValueError for a field below `least`, by the name of its flag."""
+    for name in names:
+        if getattr(config, name) < least:
+            flag = ".".join(filter(None, (prefix, name.replace("_", "-"))))
+            raise ValueError(f"--{flag} {getattr(config, name)}: must be {least} or more")
 
 
 # What the comparison holds equal in every paper: data, teacher, student, schedule.

@@ -81,6 +81,7 @@ class Finished:
             except (ValueError, KeyError, AttributeError):
                 raise ValueError(f"{path}: line {number} is not readable") from None
         self.faces = self.results["task"] == "faces"
+        self.selection = self.config.get("selection", "development")  # split that picks the epoch
         self.reference: str | None = self.results["reference"]
         self.own = list(self.rows)[-1]  # the paper's own is the last
         rest = [n for n in dict.fromkeys([*self.rows, *self.metrics]) if n != self.reference]
@@ -139,7 +140,7 @@ def _about(run: Finished) -> str:
     else:
         written = time.localtime((run.folder / "results.json").stat().st_mtime)
         date = "results of " + time.strftime("%d %B %Y, %H:%M", written)
-    if "seconds" in record:
+    if record.get("seconds") is not None:
         date += f", took {record['seconds'] / 60:,.1f} min"
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     facts = {
@@ -186,8 +187,8 @@ def _table(run: Finished) -> str:
         note += f""" Differences to {escape(run.reference)} are paired (the same items, resampled
             together), in percentage points; bold where the interval leaves out 0."""
     if best:
-        note += f""" The best epoch is that of the highest {_headline(run)} on the development
-            split, in brackets; the table does not use it."""
+        note += f""" The best epoch is that of the highest {_headline(run)} on the
+            {escape(run.selection)} split, in brackets; the table does not use it."""
     keys = list(dict.fromkeys(key for row in run.rows.values() for key in row["metrics"]))
     every = [
         [escape(name)]
@@ -301,7 +302,7 @@ def _curves(run: Finished, term: str) -> str:
         axes.yaxis.set_minor_formatter("")
     axes.set_xlim(-0.03 * max(1, x.max()), 1.03 * max(1, x.max()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    title = f"development {_headline(run)} (%)" if scores else TERMS.get(term, term)
+    title = f"{run.selection} {_headline(run)} (%)" if scores else TERMS.get(term, term)
     axes.set(xlabel="epoch", title=title)
     return _image(run, f"training-{term}", figure, f"{title} against epochs: {', '.join(shown)}")
 

@@ -64,6 +64,7 @@ def write(
     *,
     reference: str,
     name: str = "results",
+    epoch: str = "last",
 ) -> None:
     """NAME.json (numbers with intervals, and paired differences to `reference`); for the results of
     a run also arrays.npz (per-item outcomes, pair scores, points and example pairs)."""
@@ -96,6 +97,7 @@ def write(
         "schema": SCHEMA,
         "evaluation": evaluation.name,
         "task": evaluation.task,
+        "epoch": epoch,
         "columns": columns,
         "reference": reference if reference in rows else None,
         "rows": table,
@@ -138,7 +140,7 @@ def table(folder: Path, name: str = "results") -> str:
         padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         text.append("  ".join([first.ljust(widths[0]), *padded]))
     text.insert(1, "-" * len(text[0]))
-    split = f"{record['evaluation']} split, last epoch; intervals by bootstrap over "
+    split = f"{record['evaluation']} split, {record['epoch']} epoch; intervals by bootstrap over "
     by = "identities" if record["task"] == "faces" else "images"
     return "\n".join([*text, "", split + by, f"written to {folder}"])
 

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from shared.files import write_text
 from shared.phase import Phase
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class Run:
@@ -47,7 +48,7 @@ class Run:
         self.paper, self.config = paper, config
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if config.threads:
@@ -55,6 +56,7 @@ class Run:
         self.precision: str = config.precision
         self.folder = Path(config.resume) if config.resume else self._new_folder()
         self._facts: dict[str, Any] = {}
+        self._first: dict[str, Any] = {}  # of a resumed run: what its config.json said
         self._began = time.monotonic()
         self._bar_shown = sys.stderr.isatty() and self.rank == 0
 
@@ -62,7 +64,8 @@ class Run:
     def start(cls, paper: str, config: RunConfig) -> Run:
         """A new run folder with its config.json, or the folder that `config.resume` names.
 
-        Raises ValueError when the run to resume was made with another number of threads or ranks.
+        Says so when the run to resume began with other threads or ranks: it will not be bit-exact.
+        Raises ValueError when it is another paper's.
         """
         run = cls(paper, config)
         if config.resume:
@@ -76,6 +79,8 @@ class Run:
                     "the rest will not be the same bits"
                 )
             run.precision = record["precision"]
+            run._first = record
+            run.note()
         else:
             run.note()
         run.say(f"{paper} {config.recipe}: {run.folder}")
@@ -133,10 +138,8 @@ class Run:
         return model
 
     def place(self, model: M) -> M:
-        """To the device, in the run's memory format."""
-        if self.config.channels_last:
-            return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model.to(self.device)
+        """To the device, in channels-last: what convolutions are fastest in here and on GPUs."""
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def generator(self, *key: int) -> torch.Generator:
         """Random numbers that depend on (seed, *key) alone: the same on every rank, resumable."""
@@ -210,13 +213,20 @@ class Run:
         """One network's training inside this run; `folder` other than the run's for a teacher."""
         return Phase(self, name, modules, optimiser, loader, optim, folder or self.folder)
 
+    def in_turn(self, load: Callable[[], T]) -> T:
+        """What `load` returns; rank 0 goes first, so that only it downloads or renders."""
+        found = load() if self.rank == 0 else None
+        self.broadcast(None)
+        return load() if found is None else found
+
     def _new_folder(self) -> Path:
         if self.config.folder:
             named = Path(self.config.folder).expanduser().resolve()
-            if (named / "config.json").exists():
+            if self.rank == 0 and (named / "config.json").exists():
                 raise ValueError(f"--folder {named}: a run lies there; go on with --resume {named}")
-            named.mkdir(parents=True, exist_ok=True)
-            return named
+            if self.rank == 0:
+                named.mkdir(parents=True, exist_ok=True)
+            return Path(self.broadcast(str(named)))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = locate(self.config.runs) / self.paper / f"{self.config.recipe or 'run'}-{stamp}"
         folder, copy = base, 1
@@ -254,10 +264,15 @@ class Run:
             "git": _git_hash(),
             **self._facts,
         }
+        if self._first:  # the first record stands; who went on with the run is added
+            here = {k: record[k] for k in ("threads", "ranks", "device", "machine", "git")}
+            went_on = [*self._first.get("resumed", []), here]
+            record = {**self._first, **self._facts, "resumed": went_on}
         write_text(self.folder / "config.json", json.dumps(record, indent=1))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; auto: cuda where there is one. Raises ValueError if it is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -24,7 +24,7 @@ from shared.run import Run
 # Fields of Data that no teacher depends on.
 _STUDENT_ONLY = (
     "lr", "kernel", "antialias", "development", "test", "on_error", "resident_gib", "workers",
-    "identities", "classes",
+    "identities", "classes", "root",
 )  # fmt: skip
 
 
@@ -113,10 +113,13 @@ def _load_own(
     path = Path(teacher.checkpoint).expanduser()
     if not path.is_file():
         raise ValueError(f"--teacher.checkpoint {path}: no such file")
-    with contextlib.suppress(ValueError):
-        restore(recogniser, path)  # one that a run here wrote
+    try:
+        restore(recogniser, path)  # one that a run here wrote, with its head
         run.say(f"teacher: {path}")
         return
+    except ValueError as error:
+        if "backbone." in str(error).partition("unexpected")[2]:
+            raise
     checkpoints.load_backbone(recogniser.backbone, path)
     run.say(f"teacher: backbone from {path}")
     if recogniser.head is not None:
@@ -134,7 +137,8 @@ def _folder(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Path:
     made_by = [SCHEMA, seen, teacher, dataset.teacher_classes, len(dataset.teacher_train)]
     if data.name == "faces":
         made_by.append(procedural.VERSION)
-    key = digest(*made_by, c.seed, run.precision, c.channels_last, run.world)
+    made_by += [dataset.fingerprint, c.seed, run.precision, str(run.device), run.world]
+    key = digest(*made_by, torch.get_num_threads())
     folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

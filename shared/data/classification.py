@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.config import Data
+from shared.config import Data, digest
 from shared.data.pipeline import Images, Resident, Streaming
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -41,6 +41,7 @@ class Parts:
     where: str
     licence: str
     shared_classes: bool = True  # False: held-out classes are other than the training ones
+    fingerprint: str = ""  # changes when the files do
     skipped: tuple[str, ...] = ()
 
 
@@ -83,7 +84,9 @@ def _torchvision(data: Data, cache: Path) -> Parts:
             raise ValueError(f"{data.name} in {root}: {help_} ({reason})") from None
 
     classes = 100 if data.name == "cifar100" else 10
-    return Parts(split(True), {"test": split(False)}, classes, str(root), LICENCES[data.name])
+    held_out: dict[str, Images] = {"test": split(False)}
+    where = str(root.resolve())
+    return Parts(split(True), held_out, classes, where, LICENCES[data.name], fingerprint=where)
 
 
 def _digits(data: Data) -> Parts:
@@ -144,6 +147,8 @@ def _folder(data: Data) -> Parts:
                 "name either the same classes (classification) or none of them (identities)"
             )
     shared_classes = bool(overlap[names[0]])
+    if any(bool(overlap[name]) != shared_classes for name in names):
+        raise ValueError(f"{root}: test/ and val/ must both hold train/'s classes, or neither any")
     train, skipped = _images(files, labels, data)
     held_out = {}
     for name in names:
@@ -151,6 +156,9 @@ def _folder(data: Data) -> Parts:
         if shared_classes:  # a held-out folder may lack a class: number them as train/ does
             number = [classes.index(c) for c in held_classes]
             held_labels = [number[k] for k in held_labels]
+        if data.on_error == "skip":  # an evaluation has no stand-ins: look at every file first
+            held_files, held_labels, odd_files = _decodable(held_files, held_labels, data)
+            skipped += odd_files
         images, odd_files = _images(held_files, held_labels, data)
         role = "development" if name == "val" and len(names) == 2 else "test"
         held_out[role] = images
@@ -162,8 +170,15 @@ def _folder(data: Data) -> Parts:
         str(root / "train"),
         LICENCES["folder"],
         shared_classes=shared_classes,
+        fingerprint=_fingerprint(root, files),
         skipped=tuple(skipped),
     )
+
+
+def _fingerprint(root: Path, files: list[Path]) -> str:
+    """Of names, sizes and times of the training files: a teacher's cache key holds it."""
+    facts = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    return digest(facts)
 
 
 def labelled_folder(folder: Path, data: Data) -> tuple[Images, list[str]]:
@@ -212,6 +227,22 @@ def _images(files: list[Path], labels: list[int], data: Data) -> tuple[Images, l
     return Resident(pixels[: len(kept)], numbers[kept]), skipped
 
 
+def _decodable(
+    files: list[Path], labels: list[int], data: Data
+) -> tuple[list[Path], list[int], list[str]]:
+    """The files that can be decoded, their labels, and the others."""
+    good, kept, odd = [], [], []
+    for path, label in zip(files, labels, strict=True):
+        try:
+            decode_image(path, data.hr)
+        except ValueError:
+            odd.append(str(path))
+            continue
+        good.append(path)
+        kept.append(label)
+    return good, kept, odd
+
+
 def _decode_number(files: list[Path], size: int, number: int) -> Tensor:
     return decode_image(files[number], size)
 
@@ -223,7 +254,7 @@ def decode_image(path: Path, size: int) -> Tensor:
         with Image.open(path) as image:
             image.load()
             rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise a dozen types for damaged bytes
         raise ValueError(
             f"{path}: not a readable image ({str(error)[:80]}); "
             "--data.on-error skip counts such files and goes on"

@@ -74,7 +74,7 @@ class Streaming:
     ) -> None:
         self.decode, self.labels = decode, labels
         self.workers, self.on_error = workers, on_error
-        self.skipped: set[int] = set()
+        self.skipped: dict[int, str] = {}  # number: why
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +92,7 @@ class Streaming:
             bad = [k for k, image in enumerate(images) if not isinstance(image, Tensor)]
             if bad and (self.on_error == "stop" or not good):
                 raise ValueError(images[bad[0]])
-            self.skipped.update(int(index[k]) for k in bad)
+            self.skipped |= {int(index[k]): images[k] for k in bad}
             rows = torch.arange(len(index))
             rows[bad] = torch.tensor(good[:1]).expand(len(bad))
             yield index[rows], torch.stack([images[k] for k in rows.tolist()])
@@ -157,7 +157,8 @@ class Views:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images on this rank."""
+    """One step's images on this rank. Images are made when asked for: a student without a teacher
+    costs no HR view, a teacher no LR one."""
 
     epoch: int
     last: bool  # of its epoch
@@ -165,7 +166,7 @@ class Batch:
     view: Tensor  # [B] which view of it
     y: Tensor  # [B] label
     x_h: Callable[[], Tensor]  # -> [B, 3, hr, hr] normalised
-    x_l: Tensor  # [B, 3, lr, lr] normalised
+    x_l: Callable[[], Tensor]  # -> [B, 3, lr, lr] normalised
 
 
 class Loader:
@@ -205,27 +206,23 @@ class Loader:
             slice(s * self.size + self.rank * own, s * self.size + (self.rank + 1) * own)
             for s in range(start, self.steps)
         ]
-        table = self._table()
-        high = self.images.batches([order[span] for span in spans]) if table is None else None
+        resident = isinstance(self.images, Resident)
+        high = None if resident else self.images.batches([order[span] for span in spans])
         for step, span in enumerate(spans, start):
             index, chosen = order[span], view[span]
-            if table is not None:
-                x_h = functools.partial(self._fetch, index, chosen)
-                x_l = table[index.to(table.device), chosen.to(table.device)]
+            if high is None:
+                moved = functools.partial(self._moved, index, chosen)
             else:
-                assert high is not None
                 index, pixels = next(high)
-                pixels = self.views.apply(pixels.to(self.device), chosen)
-                x_h = functools.partial(self._float, pixels)
-                x_l = self._degrade(pixels)
+                moved = functools.partial(self.views.apply, pixels.to(self.device), chosen)
             yield Batch(
                 epoch=epoch,
                 last=step == self.steps - 1,
                 index=index,
                 view=chosen,
                 y=self.images.labels[index].to(self.device),
-                x_h=x_h,
-                x_l=self._float(x_l),
+                x_h=functools.partial(self._x_h, moved),
+                x_l=functools.partial(self._x_l, moved, index, chosen),
             )
 
     def plain(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -248,9 +245,18 @@ class Loader:
         view = torch.randint(self.views.count, (len(self.images),), generator=generator)
         return order, view
 
-    def _fetch(self, index: Tensor, view: Tensor) -> Tensor:
+    def _moved(self, index: Tensor, view: Tensor) -> Tensor:
         _, pixels = next(self.images.batches([index]))
-        return self._float(self.views.apply(pixels.to(self.device), view))
+        return self.views.apply(pixels.to(self.device), view)
+
+    def _x_h(self, moved: Callable[[], Tensor]) -> Tensor:
+        return self._float(moved())
+
+    def _x_l(self, moved: Callable[[], Tensor], index: Tensor, view: Tensor) -> Tensor:
+        table = self._table()
+        if table is None:
+            return self._float(self._degrade(moved()))
+        return self._float(table[index.to(table.device), view.to(table.device)])
 
     def _degrade(self, pixels: Tensor) -> Tensor:
         d = self.data

@@ -46,7 +46,12 @@ class DataSet:
     evaluations: Mapping[str, Evaluation]
     selection: str  # the evaluation that picks the best epoch
     licence: str
+    fingerprint: str = ""  # changes when the training files do
     skipped: tuple[str, ...] = ()  # files left out because they could not be decoded
+
+    def left_out(self) -> list[str]:
+        """Files left out so far, also while streaming."""
+        return [*self.skipped, *getattr(self.train, "skipped", {}).values()]
 
 
 def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
@@ -80,6 +85,7 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         evaluations=evaluations,
         selection="development" if "development" in evaluations else "test",
         licence=parts.licence,
+        fingerprint=parts.fingerprint,
         skipped=parts.skipped,
     )
 
@@ -112,24 +118,30 @@ def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
 TEST_INSTANCES = 6  # images of each development or test identity: one in the gallery, five probes
 
 
-def evaluation(data: Data, name: str, root: str, *, cache: Path, task: Task) -> Evaluation:
+def evaluation(
+    data: Data, name: str, root: str, *, cache: Path, task: Task, classes: int, teachers: int = 0
+) -> Evaluation:
     """Something else to score a trained student on.
 
     name: "shifted" (faces: the test identities under other lighting, noise, blur, compression),
     "folder" (ROOT/<class>/*; the classes in sorted order, or identities), or a split of the data
-    set that `data` names ("test", "development").
+    set that `data` names ("test", "development"). classes: of the student. teachers: identities
+    of its teacher, whose rendered faces are then found in the cache.
     Raises ValueError, naming what there is, for anything else.
     """
     if name == "folder":
         images, _ = classification.labelled_folder(Path(root).expanduser(), data)
         if task == "faces":
             return _face_evaluation(root, images)
+        found = int(images.labels.max()) + 1
+        if found != classes:
+            raise ValueError(f"--root {root}: {found} class folders, the student knows {classes}")
         return Evaluation(root, task, images)
     if name == "shifted" and data.name == "faces":
         faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
-        found = procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
-        return _face_evaluation("shifted", Resident(*found))
-    splits = load(data, cache=cache).evaluations
+        drawn = procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
+        return _face_evaluation("shifted", Resident(*drawn))
+    splits = load(data, cache=cache, teacher_identities=teachers).evaluations
     if name not in splits:
         more = ", shifted, native" if data.name == "faces" else ""
         raise ValueError(

@@ -29,6 +29,7 @@ class Recogniser(nn.Module):
         small = network.name.startswith("small-")
         kwargs: dict[str, Any] = {"size": size} if small else {"classes": classes}
         self.backbone = create(network.name, **kwargs)
+        self.classes = classes
         self.head: nn.Module | None = None
         if network.head == "softmax":
             if small:
@@ -51,7 +52,8 @@ class Recogniser(nn.Module):
     def logits(self, embedding: Tensor, label: Tensor | None = None) -> Tensor:
         """[B, D] -> [B, classes] float32."""
         if self.head is None:
-            return self.backbone.classify(embedding.float()).float()  # type: ignore[operator]
+            with torch.autocast(embedding.device.type, enabled=False):
+                return self.backbone.classify(embedding.float())  # type: ignore[operator]
         return self.head(embedding, label)
 
 
@@ -65,6 +67,7 @@ class Student(nn.Module):
     def __init__(self, recogniser: Recogniser, data: Data, task: Task) -> None:
         super().__init__()
         self.recogniser, self.data, self.task = recogniser, data, task
+        self.classes = recogniser.classes
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = to_uint8(x) if x.is_floating_point() else x

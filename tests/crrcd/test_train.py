@@ -34,6 +34,12 @@ def test_arms_differ_in_what_they_are_named_for() -> None:
     }  # fmt: skip
 
 
+def test_the_long_budget_stretches_the_whole_schedule() -> None:
+    table1 = replace(RECIPES["table1"], baselines=("alone-long",), long=2.0)
+    long = arms(table1)["alone-long"].optim
+    assert (long.epochs, long.milestones) == (480, (300, 360, 420))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_names_networks_that_exist(name: str) -> None:
     for one in members(RECIPES[name]):

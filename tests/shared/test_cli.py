@@ -17,7 +17,7 @@ from tests.conftest import ROOT, python
 
 
 def parse(*argv: str) -> Config:
-    return cli.parse("crrcd", RECIPES, ABOUT, argv=list(argv))
+    return cli.parse("crrcd", RECIPES, ABOUT, members, argv=list(argv))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -40,17 +40,22 @@ def test_a_recipe_and_typed_overrides() -> None:
 def test_only_takes_one_run_of_a_table() -> None:
     (one,) = members(parse("table1", "--only", "3", "--seed", "9"))
     assert (one.teacher.name, one.student.name, one.seed) == ("resnet56", "resnet20", 9)
+    (other,) = members(parse("table1", "--only", "3", "--student.name", "vgg8"))
+    assert (other.teacher.name, other.student.name) == ("resnet56", "vgg8")
     assert len(members(parse("table1"))) == 7 and len(members(parse("table2"))) == 5
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("table1", "--only", "8"), "--only 8: this recipe has 7 runs"),
-        (("--only", "1"), "this recipe has no runs"),
+        (("table1", "--only", "8"), "--only 8: this recipe has 7 to choose from"),
+        (("--only", "2"), "this recipe has 1 to choose from"),
+        (("table1", "--student.name", "vgg8"), "--student.name differs between the runs"),
+        (("ablation-tau", "--tau", ".5"), "--tau differs between the runs of ablation-tau"),
         (("embeded",), "no recipe 'embeded' in crrcd; did you mean embedded?"),
         (("--optim.lrr", "1"), "no flag --optim.lrr; did you mean --optim.lr?"),
         (("--nonsense",), "no flag --nonsense"),
+        (("--seed", "three"), "Error parsing --seed: "),
         (("--seed", "three"), "three"),
         (("--data.name", "imagenet"), "imagenet"),
         (("--seed",), "--seed"),
@@ -60,6 +65,15 @@ def test_only_takes_one_run_of_a_table() -> None:
 )
 def test_bad_arguments_end_in_one_line(capsys, argv: tuple[str, ...], words: str) -> None:
     assert words in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--threads", "-1"), ("--log-every", "0"), ("--optim.epochs", "0"), ("--d", "0"),
+     ("--data.shift-step", "0"), ("--tau", "0")],
+)  # fmt: skip
+def test_values_out_of_range_are_named(capsys, flag: str, value: str) -> None:
+    assert f"{flag} {value}" in refusal(capsys, flag, value)
 
 
 def test_help_lists_every_recipe_with_its_line(capsys) -> None:

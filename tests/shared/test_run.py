@@ -100,6 +100,17 @@ def test_resume_of_a_teacher_killed_in_training_is_bit_exact(
     assert outcome(run) == outcome(whole)
 
 
+def test_a_resumed_run_ends_in_its_report_and_keeps_its_first_record(make_config) -> None:
+    config = make_config(checkpoint_seconds=0.0, report=True)
+    run_until(config, "crrcd", 3, signal.SIGKILL)
+    (run,) = Path(config.runs).glob("crrcd/*")
+    before = json.loads((run / "config.json").read_text())
+    train(replace(config, resume=str(run)))
+    after = json.loads((run / "config.json").read_text())
+    assert (run / "report.html").is_file() and len(after["resumed"]) == 1
+    assert all(after[key] == value for key, value in before.items())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first_and_says_how_to_go_on(make_config, whole: Path, number: int) -> None:
     config = make_config(checkpoint_seconds=1e9)
@@ -285,7 +296,7 @@ if int(os.environ.get("RANK", 0)) == 0:
 
 
 def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(make_config, tmp_path: Path) -> None:
-    config = make_config(channels_last=False)
+    config = make_config()
     # a small rate: rounding is compared, not how training amplifies it
     config = replace(config, optim=replace(config.optim, epochs=2, lr=1e-3))
     script = tmp_path / "ranked.py"

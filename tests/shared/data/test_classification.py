@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,10 @@ def test_a_folder_with_other_people_is_scored_as_faces(tmp_path: Path) -> None:
         ({"train": {"a": 1}, "test": {"a": 1}}, "1 class; training needs 2"),
         ({"train": {"a": 1, "b": 0}, "test": {"a": 1}}, "b: no image in it"),
         ({"train": {"a": 1, "b": 1}, "test": {"a": 1, "c": 1}}, "train/ does not have: c"),
+        (
+            {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}, "val": {"c": 1}},
+            "test/ and val/ must both hold train/'s classes, or neither",
+        ),
     ],
 )
 def test_a_folder_that_cannot_serve_says_why(tmp_path: Path, parts: dict, words: str) -> None:
@@ -177,7 +182,7 @@ def test_a_folder_that_cannot_serve_says_why(tmp_path: Path, parts: dict, words:
         classification.read(image_data(tree(tmp_path, parts)), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge header"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge header", "bomb"])
 def test_a_corrupt_image_is_named_or_counted(tmp_path: Path, damage: str) -> None:
     root = tree(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 2, "b": 2}})
     bad = root / "train" / "b" / "1.png"
@@ -185,6 +190,7 @@ def test_a_corrupt_image_is_named_or_counted(tmp_path: Path, damage: str) -> Non
         "truncated": bad.read_bytes()[:200],
         "empty": b"",
         "text": b"<html>404</html>",
+        "bomb": bad.read_bytes()[:16] + struct.pack(">II", 40_000, 40_000) + bad.read_bytes()[24:],
         "huge header": bad.read_bytes()[:16] + b"\x7f\xff\xff\xff\x7f\xff\xff\xff",
     }[damage]
     bad.write_bytes(content)
