@@ -97,6 +97,21 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def markdown(summary: dict) -> str:
+    """The table of the READMEs: means and differences in percent with 95 % intervals."""
+    columns = list(next(iter(summary["rows"].values())))
+    text = [f"| {summary['seeds']} seeds | " + " | ".join(columns) + " |"]
+    text.append("|---" * (len(columns) + 1) + "|")
+    for part, sign in (("rows", ""), ("differences", "+")):
+        for name, cells in summary[part].items():
+            shown = (
+                f"{c['value']:{sign}.2f} [{c['low']:{sign}.2f}, {c['high']:{sign}.2f}]"
+                for c in cells.values()
+            )
+            text.append(f"| {name.replace(' - ', ' − ')} | " + " | ".join(shown) + " |")
+    return "\n".join(text)
+
+
 def _cell(interval: Interval) -> dict[str, float]:
     return {"value": interval.mean, "low": interval.low, "high": interval.high}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -376,3 +377,17 @@ def test_tensorboard_events_hold_the_metrics(make_config) -> None:
     expected = [(x["step"], x["rcd"]) for x in lines if x["phase"] == "crrcd" and "rcd" in x]
     found = [(e.step, e.value) for e in events.Scalars("rcd")]
     assert found == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected]
+
+
+def test_the_default_run_works_where_bf16_is_slow(tmp_path: Path, cache: Path) -> None:
+    """With AVX2 only, bf16 is emulated: the timed steps must say so, and the faster one is used."""
+    done = python(
+        "-m", "crrcd.train", "smoke", "--runs", str(tmp_path), "--cache", str(cache),
+        ONEDNN_MAX_CPU_ISA="AVX2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"precision: (\w+) \(.*fp32 ([\d.]+) ms, bf16 ([\d.]+) ms\)", done.stderr)
+    assert found is not None
+    assert found[1] == ("fp32" if float(found[2]) <= float(found[3]) else "bf16")
+    (run,) = tmp_path.glob("crrcd/*")
+    assert json.loads((run / "config.json").read_text())["precision"] == found[1]
