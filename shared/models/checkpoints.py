@@ -8,6 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from shared.files import write_bytes
+
 
 def load_backbone(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copies a checkpoint's weights into `model`; every name and shape must agree.
@@ -54,9 +56,9 @@ def save_safetensors(
 ) -> None:
     """Writes the state dict of `model` with `metadata` (str to str), atomically.
 
-    The bytes go to a temporary file in the same folder that then takes the name, so a reader sees
-    the old file or the new one, never half of one. Tensors are stored contiguous and unshared.
-    Raises ValueError for metadata that is not text.
+    A reader sees the old file or the new one, never half of one (shared.files.write_bytes).
+    Tensors are stored contiguous and unshared. Raises ValueError for metadata that is not text,
+    OSError naming the path when the disk is full.
     """
     path = Path(path)
     for key, value in metadata.items():
@@ -66,16 +68,7 @@ def save_safetensors(
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    data = safetensors.torch.save(tensors, metadata=dict(metadata))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, safetensors.torch.save(tensors, metadata=dict(metadata)))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
