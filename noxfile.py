@@ -28,16 +28,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite without what is marked slow or gpu: under 10 minutes on 2 cores."""
+    """The test suite without what is marked gpu: under 10 minutes on 2 cores."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "-m", "not slow and not gpu", *session.posargs, env=ENVIRONMENT)
-
-
-@nox.session
-def slow(session: nox.Session) -> None:
-    """Tests marked slow."""
-    session.install("-e", ".[tests]")
-    session.run("pytest", "-m", "slow", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "-m", "not gpu", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

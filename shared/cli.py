@@ -188,3 +188,6 @@ def guarded(script: Callable[[], Any]) -> None:
         if trace:
             traceback.print_exc()
         fail(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:  # while data are made or scores counted: nothing is half written
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

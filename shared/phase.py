@@ -21,7 +21,7 @@ from tqdm import tqdm
 from shared import optim as schedules
 from shared.config import SCHEMA, Optim
 from shared.data.pipeline import Batch, Loader
-from shared.files import read_checkpoint, write_checkpoint
+from shared.files import read_checkpoint, write_checkpoint, write_text
 from shared.models.recogniser import Recogniser, save
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Phase:
         if size is None:  # no checkpoint at all: this phase's lines, if any, are stale
             lines = self._metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if f'"phase": "{self.name}"' not in line]
-            self._metrics.write_text("".join(kept))
+            write_text(self._metrics, "".join(kept))
         else:
             os.truncate(self._metrics, size)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from shared.config import SCHEMA, Data
-from shared.data.pipeline import hr_input, upsampled_input
+from shared.data.pipeline import normalise, upsampled_input
 from shared.data.sets import Evaluation
 from shared.evaluate.intervals import paired
 from shared.evaluate.score import COLUMNS, Score, score
@@ -48,7 +48,7 @@ def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> 
     cost = count_parameters(backbone), macs(backbone, data.hr)
     device = next(teacher.parameters()).device
     rows = {}
-    for name, view in (("teacher, HR", hr_input), ("teacher, LR", upsampled_input)):
+    for name, view in (("teacher, HR", normalise), ("teacher, LR", upsampled_input)):
 
         def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
             return teacher.output(view(pixels.to(device), data), evaluation.task)

@@ -3,10 +3,12 @@
     run = Run.start("crrcd", config)                       # new folder, or config.resume
     phase = run.phase("crrcd", modules, optimiser, loader, config.optim)
     for batch in phase:                                    # goes on where last.ckpt stopped
-        ...loss.backward(); optimiser.step()...
+        ...loss.backward()
         phase.log(batch, loss=loss, cls=cls)               # stops at a value that is not finite
+        optimiser.step()
         if phase.due(batch):
-            phase.keep_best(score, student)
+            phase.keep_best(student, "rank1", metrics)
+    phase.finish(student)                                  # students/crrcd.safetensors
 
 Everything that decides a step is a function of (seed, epoch, step) or lies in the checkpoint, so
 that a run killed at any moment and resumed gives the bits of one that was not (on CPU, with the
@@ -80,9 +82,7 @@ class Run:
                 )
             run.precision = record["precision"]
             run._first = record
-            run.note()
-        else:
-            run.note()
+        run.note()
         run.say(f"{paper} {config.recipe}: {run.folder}")
         return run
 
@@ -267,7 +267,9 @@ class Run:
         if self._first:  # the first record stands; who went on with the run is added
             here = {k: record[k] for k in ("threads", "ranks", "device", "machine", "git")}
             went_on = [*self._first.get("resumed", []), here]
-            record = {**self._first, **self._facts, "resumed": went_on}
+            # the precision too is the first one's, or was settled only now
+            record = {**self._first, "precision": self.precision, **self._facts}
+            record["resumed"] = went_on
         write_text(self.folder / "config.json", json.dumps(record, indent=1))
 
 

@@ -101,8 +101,8 @@ def _train(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = optim.clip(optimiser, c.clip)
-        optimiser.step()
         phase.log(batch, loss=loss, gradient=norm)
+        optimiser.step()
     recogniser.eval()
 
 

@@ -194,6 +194,8 @@ class Loader:
             raise ValueError(f"{len(images)} training images do not fill a batch of {size}")
         self.images, self.data, self.size, self.seed = images, data, size, seed
         self.device, self.rank, self.world = device, rank, world
+        if isinstance(images, Resident):
+            images.to(device)
         self.views = Views(data)
         self.steps = len(images) // size
         self._low: Tensor | None = None
@@ -292,16 +294,6 @@ def normalise(pixels: Tensor, data: Data) -> Tensor:
     )
     x = pixels.to(torch.float32, memory_format=torch.channels_last)
     return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
-
-
-def hr_input(pixels: Tensor, data: Data) -> Tensor:
-    """uint8 HR [B, 3, hr, hr] to the teacher's input."""
-    return normalise(pixels, data)
-
-
-def lr_input(pixels: Tensor, data: Data) -> Tensor:
-    """uint8 HR [B, 3, hr, hr] to the student's input: degraded to 8-bit LR images first."""
-    return normalise(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias), data)
 
 
 def upsampled_input(pixels: Tensor, data: Data) -> Tensor:

@@ -168,6 +168,15 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, cache: Path, case: str
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_outside_training_is_no_traceback(capsys) -> None:
+    def script() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        cli.guarded(script)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_script_runs_from_its_own_folder() -> None:
     done = python("train.py", "--help", cwd=ROOT / "crrcd")
     assert done.returncode == 0 and "Recipes:" in done.stdout

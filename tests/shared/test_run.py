@@ -23,13 +23,17 @@ from crrcd.config import Config
 from crrcd.train import load_student, train
 from shared.config import to_dict
 from shared.files import write_bytes, write_checkpoint
+from shared.models.recogniser import Recogniser
 from shared.phase import Phase
+from shared.run import Run
 from tests.conftest import ROOT, python
 
 # A run of train() in a process of its own that ends itself by a signal at step STEP of phase ARM.
 KILLED = """
 import dataclasses, json, os, signal, sys
+from shared.models.recogniser import Recogniser
 from shared.phase import Phase
+from shared.run import Run
 from shared.config import from_dict
 from crrcd.config import Config
 from crrcd.train import train
@@ -110,6 +114,19 @@ def test_a_resumed_run_ends_in_its_report_and_keeps_its_first_record(make_config
     after = json.loads((run / "config.json").read_text())
     assert (run / "report.html").is_file() and len(after["resumed"]) == 1
     assert all(after[key] == value for key, value in before.items())
+
+
+def test_a_precision_settled_after_a_resume_is_recorded_and_kept(make_config) -> None:
+    """Killed before the probe, a run's record still says auto: the resumed one settles it."""
+    config = make_config(precision="auto", checkpoint_seconds=0.0)
+    run = Run.start("crrcd", config)  # as far as a run killed at once gets
+    assert json.loads((run.folder / "config.json").read_text())["precision"] == "auto"
+    again = Run.start("crrcd", replace(config, resume=str(run.folder)))
+    again.choose_precision(Recogniser(config.student, 16, 8), 16, 16)
+    record = json.loads((run.folder / "config.json").read_text())
+    assert record["precision"] == again.precision in ("fp32", "bf16")
+    third = Run.start("crrcd", replace(config, resume=str(run.folder)))
+    assert third.precision == again.precision
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,6 +12,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from crrcd.config import RECIPES, Config
 from crrcd.train import train
@@ -123,7 +124,7 @@ def test_digits_are_split_without_overlap_and_at_full_range() -> None:
     assert int(parts.train.pixels.max()) == 255 and parts.train.pixels.shape[1:] == (3, 8, 8)
     assert sum(p.pixels[:, 0].sum(dtype=torch.int64) for p in held) == sum(
         np.rint(v * 255 / 16).astype(int)
-        for v in __import__("sklearn.datasets").datasets.load_digits().images.flatten()
+        for v in load_digits().images.flatten()
     )
 
 

@@ -14,8 +14,6 @@ from shared.data.pipeline import (
     Resident,
     Streaming,
     Views,
-    hr_input,
-    lr_input,
     normalise,
     upsampled_input,
 )
@@ -166,8 +164,8 @@ def test_a_batch_that_cannot_be_filled_is_refused(count: int, size: int, words: 
 def test_inputs_of_teacher_and_student() -> None:
     x = pixels(2)
     loop = torch.stack([(x[:, c].double() / 255 - 0.5) / 0.5 for c in range(3)], dim=1)
-    torch.testing.assert_close(hr_input(x, DATA).double(), loop, atol=1e-6, rtol=0)
-    lr = lr_input(x, DATA)
+    torch.testing.assert_close(normalise(x, DATA).double(), loop, atol=1e-6, rtol=0)
+    lr = normalise(low(x, 4, mode="bicubic", antialias=True), DATA)
     assert lr.shape == (2, 3, 4, 4)
     levels = ((lr / 2 + 0.5) * 255).double()
     assert (levels - levels.round()).abs().max() < 1e-3  # an LR image is 8-bit
