@@ -1,5 +1,15 @@
-"""The hot paths of relational distillation, one folder an operation."""
+"""The hot paths of relational distillation, one folder an operation: see README.md."""
 
+from shared.kernels.angle_loss import angle_loss
+from shared.kernels.distance_loss import distance_loss
+from shared.kernels.pairwise_distance import pairwise_distance
 from shared.kernels.relation_scores import relation_scores
+from shared.kernels.triplet_angles import triplet_angles
 
-__all__ = ["relation_scores"]
+__all__ = [
+    "angle_loss",
+    "distance_loss",
+    "pairwise_distance",
+    "relation_scores",
+    "triplet_angles",
+]

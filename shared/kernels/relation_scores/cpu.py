@@ -1,111 +1,167 @@
-"""`relation_scores` a few queries at a time, with a backward of its own: holds [B, K, d] once.
+"""`relation_scores` a few queries at a time, with a backward pass of its own.
 
 With r = relu(anchor_b - bank_k), A = W Wᵀ, u = W q, v = W b:
     dot    = <q, rW + b> = <r, u> + <b, q>
-    square = |rW + b|²   = <r, rA> + 2 <r, v> + <b, b>,  score = dot / sqrt(square) / temperature
-so that one [K, d] x [d, d] product serves the forward pass, and rA + v is kept for the backward
-pass, which has one more. With g the gradient of a score,
+    square = |rW + b|²   = <r, rA> + 2 <r, v> + <b, b>,  score = dot / sqrt(square)
+so that one [K, d] x [d, d] product serves the forward pass. rA + v is kept for the backward pass
+of as many queries as fit into KEPT_BYTES, and made again for the others. With g the gradient of a score,
 p = g / norm and s = -g dot / norm³ (the gradient of the score by ½ square):
     dr = p u + s (rA + v);  dA = ½ Σ s rᵀr;  du = Σ p r;  dv = Σ s r;  d<b,q> = Σ p;  d<b,b> = ½ Σ s
-r is gathered again in the backward pass: that costs less than keeping it.
+r is gathered again in the backward pass: that costs less than keeping it. Around the two products,
+compiled.py reads and writes each number once; without numba, torch does the same in more passes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from shared.kernels.dispatch import NUMBA
+from shared.kernels.relation_scores import TINY, gradients
+
 CHUNK_BYTES = 1 << 20  # r of one chunk: stays in a core's second-level cache
-TINY = 1e-24  # a relation vector of square norm below this scores 0, as F.normalize has it
+KEPT_BYTES = 12 << 20  # between the passes; a third product costs a quarter of a step's time
 
 
-def relation_scores(
-    query: Tensor,
+def kept_rows(b: int, k: int, d: int, x: Tensor) -> int:
+    """Queries whose rA + v is kept."""
+    return min(b, KEPT_BYTES // max(1, k * d * x.element_size()))
+
+
+def forward(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[1])
-    return (
-        _Scores.apply(
-            anchor,
-            bank,
-            index,
-            query @ weight.T,
-            weight @ weight.T,
-            weight @ bias,
-            query @ bias,
-            bias @ bias,
+    u: Tensor,
+    a: Tensor,
+    v: Tensor,
+    bq: Tensor,
+    bb: Tensor,
+    wants: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scores, dot, norm [B, K], rA + v [B, K, d] where a gradient is wanted)."""
+    (b, k), d = index.shape, anchor.shape[1]
+    anchor, bank, index, u, v = (x.contiguous() for x in (anchor, bank, index, u, v))
+    dot, square = anchor.new_empty(b, k), anchor.new_empty(b, k)
+    keep = kept_rows(b, k, d, anchor) if wants else 0
+    kept = anchor.new_empty(keep, k, d)
+    step = _step(k, d, anchor)
+    r, ra = anchor.new_empty(step, k, d), anchor.new_empty(step, k, d)
+    for rows in _chunks(b, step, keep):
+        count = len(anchor[rows])
+        r_c, ra_c = r[:count], kept[rows] if rows.start < keep else ra[:count]
+        _relations(anchor[rows], bank, index[rows], r_c)
+        torch.mm(r_c.view(-1, d), a, out=ra_c.view(-1, d))
+        (_measure_compiled if NUMBA else _measure)(r_c, ra_c, u[rows], v, dot[rows], square[rows])
+    dot += bq[:, None]
+    norm = square.add_(bb).clamp_(min=TINY).sqrt_()
+    return dot / norm, dot, norm, kept
+
+
+def backward(
+    grad: Tensor,
+    anchor: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    u: Tensor,
+    a: Tensor,
+    v: Tensor,
+    dot: Tensor,
+    norm: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by anchor, bank, u, A and v."""
+    (b, k), d = index.shape, anchor.shape[1]
+    anchor, bank, index, u = (x.contiguous() for x in (anchor, bank, index, u))
+    p, s = (x.contiguous() for x in gradients(grad, dot, norm))
+    d_anchor, d_u = torch.zeros_like(anchor), torch.zeros_like(u)
+    d_bank, d_a, d_v = torch.zeros_like(bank), a.new_zeros(d, d), v.new_zeros(d)
+    step, keep = _step(k, d, anchor), len(kept)
+    r, sr, ra = (anchor.new_empty(step, k, d) for _ in range(3))
+    for rows in _chunks(b, step, keep):
+        count = len(anchor[rows])
+        r_c, sr_c, ra_c, at = r[:count], sr[:count], ra[:count], index[rows]
+        _relations(anchor[rows], bank, at, r_c)
+        if rows.start < keep:
+            ra_c = kept[rows]
+        else:
+            torch.addmm(v, r_c.view(-1, d), a, out=ra_c.view(-1, d))
+        (_spread_compiled if NUMBA else _spread)(
+            p[rows], s[rows], r_c, u[rows], ra_c, at, d_anchor[rows], d_bank, sr_c
         )
-        / temperature
-    )
+        d_u[rows] = torch.bmm(p[rows, None, :], r_c).squeeze(1)
+        d_v += sr_c.sum((0, 1))
+        d_a.addmm_(r_c.view(-1, d).T, sr_c.view(-1, d), alpha=0.5)
+    return d_anchor, d_bank, d_u, d_a, d_v
 
 
-class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        bank: Tensor,
-        index: Tensor,
-        u: Tensor,
-        a: Tensor,
-        v: Tensor,
-        bq: Tensor,
-        bb: Tensor,
-    ) -> Tensor:
-        dot, square = torch.empty_like(index, dtype=u.dtype), torch.empty_like(index, dtype=u.dtype)
-        rav = anchor.new_empty(*index.shape, anchor.shape[1])
-        for rows in _chunks(index, anchor):
-            r = _relations(anchor, bank, index, rows)
-            part, flat = rav[rows], r.view(-1, r.shape[-1])
-            torch.mm(flat, a, out=part.view_as(flat))
-            part += v
-            torch.bmm(r, u[rows, :, None], out=dot[rows, :, None])
-            square[rows] = (flat @ v).view(r.shape[:2]) + r.mul_(part).sum(-1)
-        dot += bq[:, None]
-        norm = square.add_(bb).clamp_(min=TINY).sqrt_()
-        ctx.save_for_backward(anchor, bank, index, u, rav, dot, norm)
-        return dot / norm
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, bank, index, u, rav, dot, norm = ctx.saved_tensors
-        p = grads[0] / norm
-        s = -p * dot / norm.square()
-        s[norm <= TINY**0.5] = 0
-        d_anchor, d_bank = torch.empty_like(anchor), torch.zeros_like(bank)
-        du, da, dv = (
-            torch.empty_like(u),
-            u.new_zeros(u.shape[1], u.shape[1]),
-            u.new_zeros(u.shape[1]),
-        )
-        for rows in _chunks(index, anchor):
-            r = _relations(anchor, bank, index, rows)
-            flat, ps, ss = r.view(-1, r.shape[-1]), p[rows, :, None], s[rows, :, None]
-            du[rows] = torch.bmm(ps.transpose(1, 2), r).squeeze(1)
-            dv += torch.bmm(ss.transpose(1, 2), r).sum((0, 1))
-            dr = rav[rows] * ss
-            dr.addcmul_(ps, u[rows, None, :])
-            dr.mul_(r > 0)
-            d_anchor[rows] = dr.sum(1)
-            d_bank.index_add_(0, index[rows].flatten(), dr.view_as(flat), alpha=-1)
-            da.addmm_(flat.T, r.mul(ss).view_as(flat), alpha=0.5)
-        return d_anchor, d_bank, None, du, da, dv, p.sum(1), 0.5 * s.sum()
+def _step(k: int, d: int, x: Tensor) -> int:
+    return max(1, CHUNK_BYTES // max(1, k * d * x.element_size()))
 
 
-def _relations(anchor: Tensor, bank: Tensor, index: Tensor, rows: slice) -> Tensor:
+def _chunks(b: int, step: int, keep: int) -> list[slice]:
+    """Queries of a chunk: all kept, or none."""
+    ends = [range(0, keep, step), range(keep, b, step)]
+    return [slice(i, min(i + step, part.stop)) for part in ends for i in part]
+
+
+def _relations(anchor: Tensor, bank: Tensor, index: Tensor, r: Tensor) -> None:
     """r [c, K, d] of a chunk of queries."""
-    chosen = bank.index_select(0, index[rows].flatten()).view(*index[rows].shape, -1)
-    return torch.sub(anchor[rows, None, :], chosen, out=chosen).relu_()
+    if NUMBA:
+        from shared.kernels.relation_scores import compiled
+
+        compiled.relations(anchor.numpy(), bank.numpy(), index.numpy(), r.numpy())
+        return
+    chosen = torch.index_select(bank, 0, index.flatten(), out=r.view(-1, r.shape[-1])).view_as(r)
+    torch.sub(anchor[:, None, :], chosen, out=chosen).relu_()
 
 
-def _chunks(index: Tensor, anchor: Tensor) -> list[slice]:
-    size = max(1, CHUNK_BYTES // max(1, index.shape[1] * anchor.shape[1] * anchor.element_size()))
-    return [slice(i, i + size) for i in range(0, len(index), size)]
+def _measure(r: Tensor, ra: Tensor, u: Tensor, v: Tensor, dot: Tensor, square: Tensor) -> None:
+    """ra += v; dot = <r, u>; square = <r, rA> + 2 <r, v>."""
+    ra += v
+    dot.copy_(torch.bmm(r, u[:, :, None]).squeeze(2))
+    square.copy_(r @ v + (r * ra).sum(-1))
+
+
+def _measure_compiled(
+    r: Tensor, ra: Tensor, u: Tensor, v: Tensor, dot: Tensor, square: Tensor
+) -> None:
+    from shared.kernels.relation_scores import compiled
+
+    compiled.measure(r.numpy(), ra.numpy(), u.numpy(), v.numpy(), dot.numpy(), square.numpy())
+
+
+def _spread(
+    p: Tensor,
+    s: Tensor,
+    r: Tensor,
+    u: Tensor,
+    kept: Tensor,
+    index: Tensor,
+    d_anchor: Tensor,
+    d_bank: Tensor,
+    sr: Tensor,
+) -> None:
+    """dr to the anchors and, negative, to the bank; sr = s r."""
+    dr = kept * s[:, :, None]
+    dr.addcmul_(p[:, :, None], u[:, None, :])
+    dr.mul_(r > 0)
+    d_anchor += dr.sum(1)
+    d_bank.index_add_(0, index.flatten(), dr.view(-1, dr.shape[-1]), alpha=-1)
+    torch.mul(r, s[:, :, None], out=sr)
+
+
+def _spread_compiled(
+    p: Tensor,
+    s: Tensor,
+    r: Tensor,
+    u: Tensor,
+    kept: Tensor,
+    index: Tensor,
+    d_anchor: Tensor,
+    d_bank: Tensor,
+    sr: Tensor,
+) -> None:
+    from shared.kernels.relation_scores import compiled
+
+    compiled.spread(*(x.numpy() for x in (p, s, r, u, kept, index, d_anchor, d_bank, sr)))

@@ -7,17 +7,11 @@ from torch import Tensor
 
 
 def relation_scores(
-    query: Tensor,
-    anchor: Tensor,
-    bank: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
+    query: Tensor, anchor: Tensor, bank: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     difference = F.relu(anchor[:, None, :] - bank[index])  # [B, K, d]
     key = difference @ weight  # [B, K, e]
     if bias is not None:
         key = key + bias
     key = F.normalize(key, dim=-1)
-    return (key @ query[:, :, None]).squeeze(-1) / temperature
+    return (key @ query[:, :, None]).squeeze(-1)

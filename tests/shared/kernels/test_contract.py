@@ -1,0 +1,294 @@
+"""What holds for every kernel: types, layouts, registration, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared import kernels
+from shared.kernels import dispatch
+from tests.conftest import python
+
+B, K, M, D = 12, 9, 20, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its float tensors; the first `leaves` of them receive gradient."""
+
+    call: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    leaves: int
+    path: str = "cpu"  # the one that is the kernel on this machine
+    triton: bool = True
+
+    def tensors(self, dtype: torch.dtype = torch.float64, rows: int | None = None) -> list[Tensor]:
+        g = torch.Generator().manual_seed(3)
+        shapes = [tuple(rows if n == B and rows is not None else n for n in s) for s in self.shapes]
+        return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+INDEX = torch.randint(M, (B, K), generator=torch.Generator().manual_seed(4))
+
+
+def index(x: Tensor) -> Tensor:
+    return INDEX[: len(x)]
+
+
+CASES = {
+    "pairwise_distance": Case(
+        lambda x, y, **k: kernels.pairwise_distance(x, y, **k), ((B, D), (M, D)), 2
+    ),
+    "pairwise_distance of one": Case(
+        lambda x, **k: kernels.pairwise_distance(x, **k), ((B, D),), 1
+    ),
+    "distance_loss": Case(
+        lambda s, t, **k: kernels.distance_loss(s, t, penalty="huber", delta=0.3, **k),
+        ((B, D), (B, 4)),
+        1,
+    ),
+    "triplet_angles": Case(lambda x, **k: kernels.triplet_angles(x, **k), ((B, D),), 1),
+    "angle_loss": Case(
+        lambda s, t, **k: kernels.angle_loss(s, t, **k), ((B, D), (B, 4)), 1
+    ),
+    "relation_scores": Case(
+        lambda q, a, b, w, c, **k: kernels.relation_scores(q, a, b, index(q), w, c, **k),
+        ((B, 5), (B, D), (M, D), (D, 5), (5,)),
+        5,
+    ),
+    "nce_scores": Case(
+        lambda q, b, **k: kernels.nce_scores(q, b, index(q), temperature=0.5, **k),
+        ((B, D), (M, D)),
+        2,
+    ),
+    "center_distance_loss": Case(
+        lambda s, t, c, **k: kernels.center_distance_loss(s, t, c, **k),
+        ((B, D), (B, D), (M, D)),
+        1,
+        triton=False,
+    ),
+}
+SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+every = pytest.mark.parametrize("name", CASES)
+
+
+def value_and_gradients(case: Case, tensors: list[Tensor], backend: str) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in tensors[: case.leaves]]
+    out = case.call(*leaves, *tensors[case.leaves :], backend=backend)
+    g = torch.Generator().manual_seed(5)
+    weights = torch.randn(out.shape, generator=g, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+@every
+@pytest.mark.parametrize("dtype", SLACK)
+def test_error_is_no_worse_than_eager_float32(name: str, dtype: torch.dtype) -> None:
+    """Truth is float64 on the same (rounded) input."""
+    case = CASES[name]
+    tensors = case.tensors(dtype)
+    truth = value_and_gradients(case, [x.double() for x in tensors], "reference")
+    eager = value_and_gradients(case, [x.float() for x in tensors], "reference")
+    found = value_and_gradients(case, tensors, "cpu")
+    for t, e, f in zip(truth, eager, found, strict=True):
+        assert f.dtype == dtype
+        size = max(1.0, float(t.abs().max()))
+        allowed = float((e.double() - t).abs().max()) + SLACK[dtype] * size
+        assert float((f.double() - t).abs().max()) <= allowed
+
+
+@every
+def test_float64_is_computed_in_float64(name: str) -> None:
+    case = CASES[name]
+    truth, found = (value_and_gradients(case, case.tensors(), b) for b in ("reference", "cpu"))
+    for t, f in zip(truth, found, strict=True):
+        assert f.dtype == torch.float64
+        torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-11)
+
+
+@every
+def test_any_layout_gives_the_same(name: str) -> None:
+    case = CASES[name]
+    tensors = case.tensors(torch.float32)
+    expected = value_and_gradients(case, tensors, "cpu")
+    strided = [
+        torch.stack([x, x + 1], -1).transpose(0, 1).transpose(0, 1)[..., 0]
+        if x.ndim > 1
+        else torch.stack([x, x + 1], -1)[..., 0]
+        for x in tensors
+    ]
+    assert not strided[0].is_contiguous()
+    for a, b in zip(value_and_gradients(case, strided, "cpu"), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_expanded_input_and_gradient(name: str) -> None:
+    """Stride 0: rows that are one row, and the gradient of a sum."""
+    case = CASES[name]
+    tensors = case.tensors(torch.float32)
+    tensors = [x[:1].expand_as(x) if x.ndim > 1 and i else x for i, x in enumerate(tensors)]
+    for backend in ("cpu", "reference"):
+        leaf = tensors[0].clone().requires_grad_()
+        out = case.call(leaf, *tensors[1:], backend=backend)
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+        if backend == "cpu":
+            found = out.detach(), gradient
+    torch.testing.assert_close(found[0], out.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], gradient, rtol=1e-3, atol=1e-4)
+
+
+@every
+def test_same_bits_twice(name: str) -> None:
+    case = CASES[name]
+    first, second = (value_and_gradients(case, case.tensors(torch.float32), "cpu") for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every
+def test_every_number_of_a_result_is_written(name: str, poisoned: None, cpu_path: str) -> None:
+    case = CASES[name]
+    for x in value_and_gradients(case, case.tensors(torch.float32), "cpu"):
+        assert x.isfinite().all()
+
+
+@every
+def test_nan_in_is_nan_out(name: str, cpu_path: str) -> None:
+    case = CASES[name]
+    for i in range(len(case.shapes)):
+        tensors = case.tensors(torch.float32)
+        tensors[i].view(-1)[0] = torch.nan
+        out, reference = (case.call(*tensors, backend=b) for b in ("cpu", "reference"))
+        assert out.isnan().any()
+        assert not (reference.isnan() & ~out.isnan()).any()
+
+
+@every
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one_row_have_a_result(name: str, rows: int, cpu_path: str) -> None:
+    case = CASES[name]
+    tensors = case.tensors(torch.float32, rows)
+    found, expected = (value_and_gradients(case, tensors, b) for b in ("cpu", "reference"))
+    for f, e in zip(found, expected, strict=True):
+        assert f.isfinite().all()
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_under_autocast_the_result_is_float32(name: str) -> None:
+    case = CASES[name]
+    tensors = [x.bfloat16() for x in case.tensors()]
+    for backend in ("cpu", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = case.call(*tensors, backend=backend)
+        assert out.dtype == torch.float32
+        exact = case.call(*[x.double() for x in tensors], backend="reference")
+        torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@every
+def test_integers_are_refused(name: str) -> None:
+    case = CASES[name]
+    with pytest.raises(ValueError, match="floating-point"):
+        case.call(*[x.long() for x in case.tensors()])
+
+
+@every
+def test_a_backend_named_is_taken_or_refused(name: str) -> None:
+    case = CASES[name]
+    tensors = case.tensors()
+    with pytest.raises(ValueError, match="no backend 'gpu'; there are: auto, reference, cpu"):
+        case.call(*tensors, backend="gpu")
+    wrong = "takes CUDA tensors, these lie on cpu" if case.triton else "no backend 'triton'"
+    with pytest.raises(ValueError, match=wrong):
+        case.call(*tensors, backend="triton")
+
+
+def test_cpu_backend_refuses_tensors_elsewhere() -> None:
+    x = torch.empty(4, 3, device="meta")
+    with pytest.raises(ValueError, match="'cpu' takes CPU tensors, and these lie on meta"):
+        kernels.pairwise_distance(x, backend="cpu")
+    with pytest.raises(ValueError, match="different devices"):
+        kernels.angle_loss(x, torch.zeros(4, 3))
+
+
+def test_triton_missing_is_said_and_auto_goes_on(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "TRITON", False)
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match="needs triton, which is not installed"):
+        kernels.angle_loss(x, x, backend="triton")
+    assert kernels.angle_loss(x, x).item() == pytest.approx(0, abs=1e-12)
+
+
+@every
+def test_compiles_as_one_graph_with_its_backward_pass(name: str) -> None:
+    case = CASES[name]
+    tensors = case.tensors()
+
+    def f(*leaves: Tensor) -> Tensor:
+        out = case.call(*[2 * x for x in leaves], *tensors[case.leaves :], backend="cpu")
+        return (out * out).sum()
+
+    leaves = [x.clone().requires_grad_() for x in tensors[: case.leaves]]
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    expected, found = f(*leaves), compiled(*leaves)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def registered() -> list[tuple[str, tuple]]:
+    """(op, arguments) of every custom op, recorded from a call of each kernel."""
+    seen: dict[str, tuple] = {}
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "lowres":
+                seen.setdefault(str(func.name()), (func, args))
+            return func(*args, **(kwargs or {}))
+
+    for case in CASES.values():
+        with Record():
+            value_and_gradients(case, case.tensors(), "cpu")
+    x = torch.randn(7, 3)
+    with Record():
+        kernels.topk_search(x, x, 2, backend="cpu")
+    return sorted(seen.items())
+
+
+def test_every_custom_op_passes_opcheck() -> None:
+    found = registered()
+    assert len(found) >= 12
+    for name, (op, arguments) in found:
+        leaf = not name.endswith("_backward") and "topk" not in name
+        given = [
+            x.detach().requires_grad_(leaf) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in arguments
+        ]
+        if "loss" in name and leaf:  # only the student receives gradient
+            given[1:] = [x.detach() if isinstance(x, Tensor) else x for x in given[1:]]
+        assert set(torch.library.opcheck(op, tuple(given)).values()) == {"SUCCESS"}, name
+
+
+def test_importing_the_kernels_imports_neither_triton_nor_numba() -> None:
+    code = (
+        "import sys, shared.kernels; "
+        "print(sorted(m for m in ('triton', 'numba') if m in sys.modules), "
+        "'torch.cuda' in sys.modules and __import__('torch').cuda.is_initialized())"
+    )
+    assert python("-c", code).stdout.split("\n")[0] == "[] False"
+
+
+def test_every_function_of_the_contract_is_exported() -> None:
+    names = {name.split()[0] for name in CASES} | {"topk_search"}
+    assert set(kernels.__all__) == names and len(names) == 8
+    for name in names:
+        assert callable(getattr(kernels, name))
+        assert import_module(f"shared.kernels.{name}.reference")
