@@ -10,6 +10,7 @@ import nox
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
 ENVIRONMENT = {"OMP_NUM_THREADS": "2", "MPLBACKEND": "Agg"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @nox.session
@@ -44,9 +45,25 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Kernel benchmarks: ratios to the reference, measured side by side in one process."""
+    """Kernel benchmarks on one thread: gates of speed and memory, then curves. About 8 minutes.
+
+    `nox -s bench -- --update` measures the bounds anew and shows old beside new. Measurements,
+    machine and versions go to .benchmarks/ (kernels.json, sweep.json, sweep.png).
+    """
     session.install("-e", ".[tests]")
-    session.run("pytest", "benchmarks", "-s", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-c", "import os; os.makedirs('.benchmarks', exist_ok=True)")
+    session.run(
+        "pytest", "benchmarks", "-q", "--benchmark-columns=min,median,rounds",
+        "--benchmark-json=.benchmarks/kernels.json", *session.posargs, env=ONE_THREAD,
+    )  # fmt: skip
+    session.run("python", "-m", "benchmarks.sweep", env=ONE_THREAD)
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Changes the equations one operator at a time: the tests have to notice. Some 10 minutes."""
+    session.install("-e", ".[tests]")
+    session.run("python", "tests/mutation.py", env=ONE_THREAD)
 
 
 @nox.session

@@ -244,8 +244,6 @@ class Run:
         self._facts.update(facts)
         if self.rank:
             return
-        import torchvision
-
         record = {
             "schema": SCHEMA,
             "paper": self.paper,
@@ -254,14 +252,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "ranks": self.world,
             "device": str(self.device),
-            "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
-            f"{_processor()}",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
-            "git": _git_hash(),
+            **provenance(),
             **self._facts,
         }
         if self._first:  # the first record stands; who went on with the run is added
@@ -288,6 +279,22 @@ def choose_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
+
+
+def provenance() -> dict[str, Any]:
+    """Where a number was measured: machine, versions, git."""
+    import torchvision
+
+    return {
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
+        f"{_processor()}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "git": _git_hash(),
+    }
 
 
 def _git_hash() -> str:

@@ -57,6 +57,25 @@ def direct(x, gram, limit, P):
 
 
 @loop
+def small(x, near, P):
+    """P[i, j] of few rows from their differences. Returns (whether a pair is near, all finite)."""
+    n, dim = x.shape
+    least, most = np.inf, 0.0
+    for i in range(n):
+        for j in range(i + 1, n):
+            square = 0.0
+            for k in range(dim):
+                e = np.float64(x[i, k]) - np.float64(x[j, k])
+                square += e * e
+            P[i, j] = 0.5 * square
+            least, most = min(least, square), max(most, square)
+            if not square < np.inf:
+                return False, False
+    # |x_i|^2 + |x_j|^2 of centred rows is at most twice the largest squared distance
+    return least <= 2 * near * most, n > 1 or np.isfinite(x).all()
+
+
+@loop
 def arms(Ps, Pt, Rs, Rt):
     """Rs, Rt = 1 / distance where both spaces have one, else 0, from half squared distances."""
     n = Ps.shape[0]

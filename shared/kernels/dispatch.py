@@ -8,6 +8,7 @@ and nothing else.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -93,10 +94,12 @@ def same_rows(op: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def gradient_was_computed(op: Any) -> None:
-    """Autograd and autocast of a loss whose forward pass returns (loss, its gradient by input 0).
+def loss_with_gradient(op: Any, function: Callable[..., tuple[Tensor, Tensor]]) -> Callable:
+    """The differentiable loss of `op`, whose `function` gives (loss, its gradient by input 0).
 
-    Such an op's backward pass is one multiplication, so nothing else is kept between the passes.
+    The backward pass is one multiplication, so nothing else is kept between the passes. Registers
+    the op's autograd and autocast; outside torch.compile the function is called without the
+    dispatcher, which costs more than the loss of a small batch.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,6 +111,27 @@ def gradient_was_computed(op: Any) -> None:
 
     op.register_autograd(backward, setup_context=setup)
     in_float32(op)
+
+    def loss(*inputs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return op(*inputs)[0]
+        return _LossWithGradient.apply(function, *inputs)
+
+    return loss
+
+
+class _LossWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> Tensor:
+        loss, gradient = function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
+        ctx.save_for_backward(gradient)
+        ctx.others = len(inputs) - 1
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, grads[0] * ctx.saved_tensors[0], *[None] * ctx.others)
 
 
 def in_float32(op: Any) -> None:

@@ -17,6 +17,7 @@ from shared.kernels.dispatch import NUMBA
 
 NEAR = 0.04  # of |x_i|^2 + |x_j|^2: above it float32 tells a cosine to 1e-5
 DIRECT = 1e-6  # the same in float64
+SMALL = 1 << 16  # numbers in [N, N, D]: below, all differences cost less than the calls they save
 LANES = 16  # N is padded to whole vectors
 
 
@@ -33,9 +34,15 @@ def half_squares(x: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _half_squares(x: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    n = len(x)
+    n, padded = len(x), -(-len(x) // LANES) * LANES
+    if NUMBA and n * n * x.shape[1] <= SMALL:
+        from shared.kernels import compiled
+
+        exact = torch.zeros(padded, padded, dtype=torch.float64)
+        near, finite = compiled.small(x.contiguous().numpy(), NEAR, exact.numpy())
+        return exact.to(x.dtype), x - x.mean(0), finite, near
     x = x - x.mean(0)
-    p = x.new_zeros(-(-n // LANES) * LANES, -(-n // LANES) * LANES)
+    p = x.new_zeros(padded, padded)
     gram = x @ x.T
     norms = gram.diagonal()
     if not math.isfinite(float(norms.sum())):

@@ -52,16 +52,18 @@ def angle_loss(
             total = reference.angle_loss(s, t, delta)
     else:
         wants = student.requires_grad and torch.is_grad_enabled()
-        total = _angle_loss(s, t, float(delta), wants, path)[0]
+        total = _loss(s, t, float(delta), wants, path)
     return (total * scale).to(dtype)
 
 
-@torch.library.custom_op("lowres::angle_loss", mutates_args=())
-def _angle_loss(
+def _compute(
     student: Tensor, teacher: Tensor, delta: float, wants: bool, path: str
 ) -> tuple[Tensor, Tensor]:
     """(sum over triplets, its gradient [N, D_s]; empty unless `wants`)."""
     return dispatch.module(OP, path).angle_loss(student, teacher, delta, wants)
+
+
+_angle_loss = torch.library.custom_op("lowres::angle_loss", _compute, mutates_args=())
 
 
 @_angle_loss.register_fake
@@ -69,4 +71,4 @@ def _(student: Tensor, teacher: Tensor, delta: float, wants: bool, path: str) ->
     return student.new_empty(()), student.new_empty(student.shape if wants else (0,))
 
 
-dispatch.gradient_was_computed(_angle_loss)
+_loss = dispatch.loss_with_gradient(_angle_loss, _compute)

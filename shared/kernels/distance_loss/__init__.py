@@ -13,7 +13,6 @@ from shared.kernels.reductions import Reduction, pairs
 
 OP = "distance_loss"
 PENALTIES = ("squared", "huber")
-SMALL = 1 << 16  # numbers in [N, N, D]: measured, the reference is faster below on one core
 
 
 def distance_loss(
@@ -50,8 +49,7 @@ def distance_loss(
         raise ValueError(f"{OP}: no penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
     if not delta > 0:
         raise ValueError(f"{OP}: delta is {delta}; it should be positive")
-    small = len(student) * len(teacher) * max(student.shape[1], teacher.shape[1]) <= SMALL
-    path = dispatch.choose(OP, backend, student, teacher, small=small)
+    path = dispatch.choose(OP, backend, student, teacher)
     (s, t), dtype = dispatch.common(OP, student, teacher.detach())
     scale = pairs(OP, len(s), reduction)
     if path == "reference":
@@ -59,16 +57,18 @@ def distance_loss(
             total = reference.distance_loss(s, t, penalty, delta)
     else:
         wants = student.requires_grad and torch.is_grad_enabled()
-        total = _distance_loss(s, t, penalty, float(delta), wants, path)[0]
+        total = _loss(s, t, penalty, float(delta), wants, path)
     return (total * scale).to(dtype)
 
 
-@torch.library.custom_op("lowres::distance_loss", mutates_args=())
-def _distance_loss(
+def _compute(
     student: Tensor, teacher: Tensor, penalty: str, delta: float, wants: bool, path: str
 ) -> tuple[Tensor, Tensor]:
     """(sum over pairs, its gradient [N, D_s]; empty unless `wants`)."""
     return dispatch.module(OP, path).distance_loss(student, teacher, penalty, delta, wants)
+
+
+_distance_loss = torch.library.custom_op("lowres::distance_loss", _compute, mutates_args=())
 
 
 @_distance_loss.register_fake
@@ -78,4 +78,4 @@ def _(
     return student.new_empty(()), student.new_empty(student.shape if wants else (0,))
 
 
-dispatch.gradient_was_computed(_distance_loss)
+_loss = dispatch.loss_with_gradient(_distance_loss, _compute)

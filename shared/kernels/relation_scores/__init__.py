@@ -32,8 +32,8 @@ def relation_scores(
     NaN makes the scores NaN that it enters. Source: CRRCD Sec. III-A and Eq. 10, with the two
     linear maps after the ReLU merged into `weight` and `bias`.
 
-    Memory: [B, K] and at most 12 MiB between forward and backward pass ("cpu"), [B, K] ("triton");
-    "reference", the equation under autograd, keeps several [B, K, d]. Cost: three products
+    Memory: [B, K], and for "cpu" .6 of one [B, K, d] up to 256 MiB, between forward and backward
+    pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost: three products
     [BK, d] x [d, d], two for what is kept.
     Raises ValueError for a backend that cannot take the tensors, for shapes that do not fit, an
     index that is not int64 or (on the CPU) not in the bank, and a temperature not above 0. Not

@@ -11,7 +11,6 @@ from shared.kernels import dispatch
 from shared.kernels.triplet_angles import reference
 
 OP = "triplet_angles"
-SMALL = 1 << 14  # angles: measured, the reference is faster below on one core
 
 
 def triplet_angles(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -28,7 +27,7 @@ def triplet_angles(x: Tensor, *, backend: str = "auto") -> Tensor:
     except by "reference".
     """
     dispatch.matrix(OP, "x", x)
-    path = dispatch.choose(OP, backend, x, small=len(x) ** 3 <= SMALL)
+    path = dispatch.choose(OP, backend, x)
     (x,), dtype = dispatch.common(OP, x)
     if path == "reference":
         with dispatch.without_autocast(x):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 FACTORIES = ("empty", "empty_like", "empty_strided")
-COMPILED = ("angle_loss", "pairwise_distance", "relation_scores")
+COMPILED = ("angle_loss", "nce_scores", "pairwise_distance", "relation_scores", "topk_search")
 METHODS = ("new_empty", "new_empty_strided")
 
 

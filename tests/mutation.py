@@ -1,0 +1,146 @@
+"""Do the tests notice when an equation is wrong? `nox -s mutation`, about ten minutes.
+
+Every operator, comparison, number and flag of the files in TARGETS is changed, one at a time, and
+the tests named there are run on the changed module in a process of their own. A change that no test
+notices is a survivor; the script fails unless EXPLAINED says why it changes nothing that matters.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import importlib
+import importlib.abc
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = "tests/shared/kernels"
+TARGETS = {
+    "shared.kernels.pairwise_distance.reference": [f"{KERNELS}/test_distances.py"],
+    "shared.kernels.distance_loss.reference": [f"{KERNELS}/test_distances.py"],
+    "shared.kernels.triplet_angles.reference": [f"{KERNELS}/test_distances.py"],
+    "shared.kernels.angle_loss.reference": [f"{KERNELS}/test_angle_loss.py"],
+    "shared.kernels.center_distance_loss.reference": [f"{KERNELS}/test_center_distance_loss.py"],
+    "shared.kernels.nce_scores.reference": [f"{KERNELS}/test_nce_scores.py"],
+    "shared.kernels.relation_scores.reference": [f"{KERNELS}/test_relation_scores.py"],
+    "shared.kernels.topk_search.reference": [f"{KERNELS}/test_topk_search.py"],
+    "shared.kernels.reductions": [f"{KERNELS}/test_angle_loss.py", f"{KERNELS}/test_distances.py"],
+    "crrcd.losses": ["tests/crrcd/test_losses.py"],
+}
+# (module, line without its indentation, change): why no test can notice, or need not
+EXPLAINED: dict[tuple[str, str, str], str] = {}
+
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Gt: ast.GtE,
+    ast.Lt: ast.LtE, ast.GtE: ast.Gt, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.USub: ast.UAdd, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+
+
+def sites(tree: ast.Module) -> Iterator[tuple[ast.AST, str, object, str]]:
+    """(node, field, new value, description) of every change; annotations are left alone."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            notes = [a.annotation for a in [*node.args.args, *node.args.kwonlyargs]]
+            notes.append(node.returns)
+            skipped |= {id(n) for note in notes if note for n in ast.walk(note)}
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+            skipped |= {id(n) for n in ast.walk(node.value)}  # an alias of a type
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.BinOp | ast.UnaryOp | ast.AugAssign) and type(node.op) in OPERATORS:
+            new = OPERATORS[type(node.op)]
+            yield node, "op", new(), f"{type(node.op).__name__} -> {new.__name__}"
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+            new = OPERATORS[type(node.ops[0])]
+            yield node, "ops", [new()], f"{type(node.ops[0]).__name__} -> {new.__name__}"
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, bool):
+                yield node, "value", not node.value, f"{node.value} -> {not node.value}"
+            elif isinstance(node.value, int | float):
+                yield node, "value", node.value + 1, f"{node.value} -> {node.value + 1}"
+
+
+def mutants(source: str) -> Iterator[tuple[str, str, str]]:
+    """(line of the change, what changed, the changed source)."""
+    lines = source.splitlines()
+    for number in range(len(list(sites(ast.parse(source))))):
+        tree = copy.deepcopy(ast.parse(source))
+        node, field, value, description = list(sites(tree))[number]
+        setattr(node, field, value)
+        line = lines[getattr(node, "lineno", 1) - 1].strip()
+        yield line, description, ast.unparse(ast.fix_missing_locations(tree))
+
+
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Gives one module with another source."""
+
+    def __init__(self, module: str, path: Path, source: str) -> None:
+        self.module, self.path, self.source = module, path, source
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.module:
+            return importlib.util.spec_from_file_location(name, self.path, loader=self)
+        return None
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self.source.encode()
+
+    def path_stats(self, path: str):
+        raise OSError  # so that no byte code is read or kept
+
+
+def survives(module: str, path: Path, source: str, tests: list[str]) -> bool:
+    """Whether the tests pass on the changed module, in a forked process."""
+    child = os.fork()
+    if child == 0:
+        import pytest
+
+        sys.meta_path.insert(0, Changed(module, path, source))
+        sink = io.StringIO()
+        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        os._exit(1 if code else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    for name in ("hypothesis", "numba", "pytest", "torch._dynamo", "torchvision"):
+        importlib.import_module(name)  # loaded once, before the forks
+    import torch
+
+    torch.set_num_threads(1)
+    tried, unexplained = 0, []
+    for module, tests in TARGETS.items():
+        path = ROOT / (module.replace(".", "/") + ".py")
+        source = path.read_text()
+        if not survives(module, path, ast.unparse(ast.parse(source)), tests):
+            print(f"{module}: its tests fail before anything is changed")
+            return 1
+        for line, change, changed in mutants(source):
+            tried += 1
+            if survives(module, path, changed, tests):
+                reason = EXPLAINED.get((module, line, change))
+                print(f"survived: {module}: {line}: {change}: {reason or 'NOT EXPLAINED'}")
+                unexplained += [line] if reason is None else []
+        print(f"{module}: done, {tried} changes so far", flush=True)
+    print(f"{tried} changes tried, {len(unexplained)} unexplained survivors")
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
