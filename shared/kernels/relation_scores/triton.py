@@ -94,8 +94,9 @@ def backward(
         length = triton.cdiv(triton.cdiv(b * k, INNER), parts) * INNER
         tiles = triton.cdiv(dim, COLUMNS)
         d_a = a.new_empty(parts, dim, dim)
+        owner = torch.arange(b, device=index.device).repeat_interleave(k)
         _products[(parts, tiles, tiles)](
-            s, anchor, bank, index, d_a, m, k, dim, b * k, length,
+            s, anchor, bank, index, owner, d_a, m, dim, b * k, length,
             COLUMNS=COLUMNS, INNER=INNER, **gpu.OPTIONS,
         )  # fmt: skip
     return d_anchor, d_bank, d_u, 0.5 * d_a.sum(0), d_v.sum(0)
@@ -119,7 +120,8 @@ def compiled_forms() -> list[gpu.Form]:
         signature |= {"m": "i32", "dim": "i32:16"}
         settings = {"BLOCK_M": BLOCK_M, "BLOCK_D": 64}
         forms.append((_subtract, signature, settings, gpu.OPTIONS))
-        signature = {"s": kind, "out": kind, "entries": "i32", "length": "i32:16"} | rows
+        signature = {"s": kind, "out": kind, "owner": "*i64", "entries": "i32"} | rows
+        signature["length"] = signature.pop("k") + ":16"
         forms.append((_products, signature, tiles, gpu.OPTIONS))
     return forms
 
@@ -184,9 +186,7 @@ def _spread(
 
 
 @triton.jit
-def _subtract(
-    dr, order, starts, out, m, dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _subtract(dr, order, starts, out, m, dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """out_i -= sum of dr over the entries that name row i of the bank."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -205,7 +205,7 @@ def _subtract(
 
 @triton.jit
 def _products(
-    s, anchor, bank, index, out, m, k, dim, entries, length,
+    s, anchor, bank, index, owner, out, m, dim, entries, length,
     COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """out[part] = sum over `length` entries of s rᵀr, a tile of it."""
@@ -218,7 +218,7 @@ def _products(
         row = tl.load(index + e, mask=e < entries, other=-1)
         there = (row >= 0) & (row < m)
         weight = tl.load(s + e, mask=there, other=0.0)
-        own = anchor + (e // k)[:, None] * dim
+        own = anchor + tl.load(owner + e, mask=there, other=0)[:, None] * dim
         left = _relations(own, bank, row, there, x, dim)
         right = _relations(own, bank, row, there, y, dim) * weight[:, None]
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
@@ -244,8 +244,7 @@ def _product(
 
 @triton.jit
 def _relations(anchor, bank, row, there, d, dim):
-    """Columns d of r for rows of the bank; 0 where there is no entry. anchor: one row, or one each.
-    """
+    """Columns d of r; 0 where there is no entry. anchor: one row for all of them, or one each."""
     here = there[:, None] & (d < dim)[None, :]
     own = tl.load(anchor + d[None, :], mask=here, other=0.0)
     difference = own - tl.load(bank + row[:, None] * dim + d[None, :], mask=here, other=0.0)

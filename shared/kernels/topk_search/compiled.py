@@ -12,6 +12,31 @@ TILE = 512  # gallery rows that all queries measure before the next: they stay i
 
 
 @numba.njit(**OPTIONS)
+def lengths(x, out):
+    """out_i = |x_i| in float64."""
+    for i in range(len(x)):
+        row = x[i]
+        square = 0.0
+        for d in range(len(row)):
+            square += np.float64(row[d]) * np.float64(row[d])
+        out[i] = np.sqrt(square)
+
+
+@numba.njit(**OPTIONS)
+def centre(x, factors, mean, out, norms, along):
+    """y_i = factors_i x_i - m in float64: out_i = y_i, norms_i = |y_i|, along_i = <m, y_i>."""
+    for i in range(len(x)):
+        row, to, factor = x[i], out[i], factors[i]
+        square, inner = 0.0, 0.0
+        for d in range(len(mean)):
+            y = factor * np.float64(row[d]) - mean[d]
+            to[d] = y
+            square += y * y
+            inner += y * mean[d]
+        norms[i], along[i] = np.sqrt(square), inner
+
+
+@numba.njit(**OPTIONS)
 def test(tile, slack, norms, bias, bounds, hits):
     """hits[r, i]: how many entries of block i of a tile are above their row's bound.
 

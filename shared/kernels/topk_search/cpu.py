@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.kernels.dispatch import NUMBA
@@ -86,14 +87,14 @@ class _Search:
         some = slice(None, None, max(1, len(gallery) // SAMPLE))
         self.mean = self._given(gallery[some], lengths[some]).mean(0)
         padded = -(-len(gallery) // BLOCK) * BLOCK
-        self.centred = gallery.new_zeros(padded, gallery.shape[1], dtype=work)
-        self.norms = gallery.new_zeros(padded, dtype=work)
-        self.bias = gallery.new_full((padded,), -torch.inf, dtype=work)
-        for c in _chunks(gallery):
-            centred, norms = self._centre(gallery[c], lengths[c])
-            bias = centred @ self.mean if cosine else -0.5 * norms.square()
-            self.centred[c], self.norms[c] = centred, norms
-            self.bias[c] = bias + torch.finfo(work).eps * bias.abs() + TINY
+        self.centred = gallery.new_empty(padded, gallery.shape[1], dtype=work)
+        self.centred[len(gallery) :] = 0
+        norms, along = self._centre(gallery, lengths, self.centred[: len(gallery)])
+        bias = along if cosine else -0.5 * norms.square()
+        bias = bias + torch.finfo(work).eps * bias.abs() + TINY
+        rest = (0, padded - len(gallery))
+        self.norms = F.pad(norms, rest).to(work)
+        self.bias = F.pad(bias, rest, value=-torch.inf).to(work)
 
     def __call__(self, q: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(scores [R, n] in float64, places [R, n], which are settled [R]) of queries [R, D]."""
@@ -101,16 +102,17 @@ class _Search:
             every = torch.arange(len(self.gallery), device=q.device).repeat(len(q), 1)
             value, places = self._measure(q, lengths, every)
             return value, places, torch.ones_like(lengths, dtype=torch.bool)
-        centred, norms = self._centre(q, lengths)
+        centred = q.new_empty(q.shape, dtype=self.work)
+        norms, along = self._centre(q, lengths, centred)
         factors = FACTORS[torch.get_float32_matmul_precision()] * (self.work == torch.float32)
         bound = (q.shape[1] + 8) * torch.finfo(self.work).eps / 2 + 2 * factors
         pick = self._pick_compiled if self.compiled else self._pick
-        places, reach = pick(centred.to(self.work), (norms * bound).to(self.work))
+        places, reach = pick(centred, (norms * bound).to(self.work))
         value, places = self._measure(q, lengths, places)
         if self.keep == len(self.gallery):
             return value, places, torch.ones_like(lengths, dtype=torch.bool)
         if self.cosine:
-            last, offset = value[:, -1], (centred + self.mean) @ self.mean
+            last, offset = value[:, -1], along + self.mean.square().sum()
             key = last - offset
         else:
             last, offset = (value[:, -1] * self.scale).square(), norms.square()
@@ -122,10 +124,21 @@ class _Search:
         """What is compared, in float64: unit rows, or rows of at most unit length."""
         return x.double() * (1 / lengths[:, None] if self.cosine else self.scale)
 
-    def _centre(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(x - m, |x - m|), in float64."""
-        x = self._given(x, lengths).sub_(self.mean)
-        return x, torch.linalg.vector_norm(x, dim=1)
+    def _centre(self, x: Tensor, lengths: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes x - m to out; (|x - m|, <m, x - m>), in float64."""
+        norms, along = torch.empty_like(lengths), torch.empty_like(lengths)
+        if self.compiled:
+            from shared.kernels.topk_search import compiled
+
+            factors = 1 / lengths if self.cosine else torch.full_like(lengths, self.scale)
+            arrays = (t.numpy() for t in (x, factors, self.mean, out, norms, along))
+            compiled.centre(*arrays)
+            return norms, along
+        for c in _chunks(x):
+            centred = self._given(x[c], lengths[c]) - self.mean
+            out[c], along[c] = centred, centred @ self.mean
+            norms[c] = torch.linalg.vector_norm(centred, dim=1)
+        return norms, along
 
     def _pick_compiled(self, q: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(places [R, keep], ascending, and what no other row's key exceeds [R])."""
@@ -186,8 +199,13 @@ class _Search:
 def _lengths(x: Tensor) -> Tensor:
     """|row| in float64, and 1 for rows of zeros: their cosines are then 0."""
     lengths = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    for c in _chunks(x):
-        lengths[c] = torch.linalg.vector_norm(x[c].double(), dim=1)
+    if NUMBA and x.device.type == "cpu":
+        from shared.kernels.topk_search import compiled
+
+        compiled.lengths(x.numpy(), lengths.numpy())
+    else:
+        for c in _chunks(x):
+            lengths[c] = torch.linalg.vector_norm(x[c].double(), dim=1)
     return lengths.masked_fill_(lengths == 0, 1)
 
 
