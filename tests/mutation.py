@@ -24,7 +24,10 @@ KERNELS = "tests/shared/kernels"
 TARGETS = {
     "shared.kernels.pairwise_distance.reference": [f"{KERNELS}/test_distances.py"],
     "shared.kernels.distance_loss.reference": [f"{KERNELS}/test_distances.py"],
-    "shared.kernels.triplet_angles.reference": [f"{KERNELS}/test_distances.py"],
+    "shared.kernels.triplet_angles.reference": [
+        f"{KERNELS}/test_distances.py",
+        f"{KERNELS}/test_angle_loss.py",
+    ],
     "shared.kernels.angle_loss.reference": [f"{KERNELS}/test_angle_loss.py"],
     "shared.kernels.center_distance_loss.reference": [f"{KERNELS}/test_center_distance_loss.py"],
     "shared.kernels.nce_scores.reference": [f"{KERNELS}/test_nce_scores.py"],
@@ -34,7 +37,29 @@ TARGETS = {
     "crrcd.losses": ["tests/crrcd/test_losses.py"],
 }
 # (module, line without its indentation, change): why no test can notice, or need not
-EXPLAINED: dict[tuple[str, str, str], str] = {}
+MASKED = "a stand-in for 0 where the result is masked: any value other than 0 will do"
+EXPLAINED: dict[tuple[str, str, str], str] = {
+    (
+        "shared.kernels.pairwise_distance.reference",
+        "return torch.where(same, 0, torch.where(same, 1, square).sqrt())",
+        "1 -> 2",
+    ): MASKED,
+    (
+        "shared.kernels.triplet_angles.reference",
+        "difference = difference / torch.where(same, 1, largest)",
+        "1 -> 2",
+    ): MASKED,
+    (
+        "shared.kernels.triplet_angles.reference",
+        "return torch.where(same, 0, difference / torch.where(same, 1, square).sqrt())",
+        "1 -> 2",
+    ): MASKED,
+    (
+        "shared.kernels.distance_loss.reference",
+        "mean = (d * above).sum() / above.sum().clamp(min=1)",
+        "1 -> 2",
+    ): "both orders of a pair are counted: there are none, or two and more",
+}
 
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,

@@ -10,15 +10,15 @@ import numpy as np
 
 # No nnan or ninf: what is not finite has to come out as such.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
 
 
-def loop(function: Callable) -> Callable:
+def loop(function: Callable, fastmath: set[str] = FAST) -> Callable:
     """`function` compiled at its first call, and kept on disk where there is a place to write."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **OPTIONS)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**OPTIONS)(function)
+        return numba.njit(**options)(function)
 
 
 @loop

@@ -123,7 +123,9 @@ def loss_with_gradient(op: Any, function: Callable[..., tuple[Tensor, Tensor]]) 
 class _LossWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> Tensor:
-        loss, gradient = function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
+        given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        with without_autocast(given[0]):
+            loss, gradient = function(*given)
         ctx.save_for_backward(gradient)
         ctx.others = len(inputs) - 1
         return loss

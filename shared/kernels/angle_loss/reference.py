@@ -11,7 +11,6 @@ from shared.kernels.triplet_angles.reference import arms
 
 def angle_loss(student: Tensor, teacher: Tensor, delta: float) -> Tensor:
     """Sum over j and unordered {i, k}."""
-    n = len(student)
     e_s, e_t = arms(student), arms(teacher)  # [N, N, D]: unit vectors from j to i
     there = (e_s.any(-1) & e_t.any(-1)).to(student.dtype)  # 0 on degenerate arms
     error = F.huber_loss(
@@ -20,5 +19,5 @@ def angle_loss(student: Tensor, teacher: Tensor, delta: float) -> Tensor:
         reduction="none",
         delta=delta,
     )
-    distinct = 1 - torch.eye(n, dtype=error.dtype, device=error.device)
-    return 0.5 * (error * there[:, :, None] * there[:, None, :] * distinct).sum()
+    # both orders of {i, k} are there; i = k adds h(1 - 1) = 0
+    return 0.5 * (error * there[:, :, None] * there[:, None, :]).sum()

@@ -5,12 +5,10 @@ Four rows at a time: their loads from memory overlap, and the query or the sum i
 
 from __future__ import annotations
 
-import numba
-
-from shared.kernels.compiled import OPTIONS
+from shared.kernels.compiled import loop
 
 
-@numba.njit(**OPTIONS)
+@loop
 def scores(query, bank, index, out):
     """out[b, k] = <query_b, bank_index[b,k]>."""
     for b in range(index.shape[0]):
@@ -33,7 +31,7 @@ def scores(query, bank, index, out):
             out[b, k] = s0
 
 
-@numba.njit(**OPTIONS)
+@loop
 def query_gradient(grad, bank, index, out):
     """out_b += sum over k of grad[b, k] bank_index[b,k]."""
     for b in range(index.shape[0]):
@@ -50,7 +48,7 @@ def query_gradient(grad, bank, index, out):
                 to[d] += g0 * r0[d]
 
 
-@numba.njit(**OPTIONS)
+@loop
 def bank_gradient(grad, query, index, out):
     """out_index[b,k] += grad[b, k] query_b, in the order of b, then k."""
     for b in range(index.shape[0]):

@@ -90,6 +90,8 @@ def _relation_scores(
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scores, <q, key>, |key| [B, K], what the path keeps for the backward pass)."""
+    # Again, as compiled code comes here without a check, and numba would read what lies beyond.
+    dispatch.indices(OP, index, rows=len(anchor), into=bank)
     return dispatch.module(OP, path).forward(anchor, bank, index, u, a, v, bq, bb, wants)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import numba
+from functools import partial
+
 import numpy as np
 
-from shared.kernels.compiled import FAST, OPTIONS
+from shared.kernels.compiled import FAST, loop
 from shared.kernels.topk_search.cpu import BLOCK
 
 TILE = 512  # gallery rows that all queries measure before the next: they stay in the cache
 
 
-@numba.njit(**OPTIONS)
+@loop
 def lengths(x, out):
     """out_i = |x_i| in float64."""
     for i in range(len(x)):
@@ -22,7 +23,7 @@ def lengths(x, out):
         out[i] = np.sqrt(square)
 
 
-@numba.njit(**OPTIONS)
+@loop
 def centre(x, factors, mean, out, norms, along):
     """y_i = factors_i x_i - m in float64: out_i = y_i, norms_i = |y_i|, along_i = <m, y_i>."""
     for i in range(len(x)):
@@ -36,7 +37,7 @@ def centre(x, factors, mean, out, norms, along):
         norms[i], along[i] = np.sqrt(square), inner
 
 
-@numba.njit(**OPTIONS)
+@loop
 def test(tile, slack, norms, bias, bounds, hits):
     """hits[r, i]: how many entries of block i of a tile are above their row's bound.
 
@@ -54,7 +55,7 @@ def test(tile, slack, norms, bias, bounds, hits):
             hits[r, i] = above
 
 
-@numba.njit(**OPTIONS)
+@loop
 def collect(tile, slack, norms, bias, hits, first, keep, keys, places, counts, bounds):
     """Appends the entries of a tile that are above their row's bound to its list.
 
@@ -82,14 +83,14 @@ def collect(tile, slack, norms, bias, hits, first, keep, keys, places, counts, b
         bounds[r], counts[r] = bound, count
 
 
-@numba.njit(**OPTIONS)
+@loop
 def finish(keep, keys, places, counts, bounds):
     """Cuts every list to `keep`; no entry left out is above its bound."""
     for r in range(len(counts)):
         bounds[r] = cut(keys[r, : counts[r]], places[r], keep)
 
 
-@numba.njit(**OPTIONS)
+@loop
 def cut(keys, places, keep):
     """The `keep` best by key, then by order, stay, in order; returns what no other is above."""
     bound = select(keys, keep)
@@ -104,7 +105,7 @@ def cut(keys, places, keep):
     return bound
 
 
-@numba.njit(**{**OPTIONS, "fastmath": FAST | {"nnan"}})  # else min and max are no vectors
+@partial(loop, fastmath=FAST | {"nnan"})  # else min and max are no vectors
 def select(keys, keep):
     """A number that `keep` of the keys are above, or fewer, where as many equal it as there lack.
 
@@ -128,7 +129,7 @@ def select(keys, keep):
             high = middle
 
 
-@numba.njit(**OPTIONS)
+@loop
 def count_above(keys, bound):
     above = np.int32(0)
     for i in range(len(keys)):
@@ -136,7 +137,7 @@ def count_above(keys, bound):
     return above
 
 
-@numba.njit(**OPTIONS)
+@loop
 def measure(queries, gallery, places, cosine, out):
     """out[r, c] = <q_r, g> or |q_r - g|^2 in float64, g = gallery[places[r, c]], places ascending.
 

@@ -190,6 +190,39 @@ def test_under_autocast_the_result_is_float32(name: str) -> None:
         torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("loss", [kernels.angle_loss, kernels.distance_loss])
+def test_a_loss_of_batch_size_under_autocast_is_float32_throughout(loss) -> None:
+    """Large enough for the Gram matrix, which autocast would make in bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(64, 512, generator=g) for _ in "st")
+    leaf = s.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(leaf, t)
+        found.backward()
+    exact = s.double().requires_grad_()
+    truth = loss(exact, t.double(), backend="reference")
+    truth.backward()
+    assert found.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["nce_scores", "relation_scores"])
+@pytest.mark.parametrize("bad", [-1, M])
+def test_an_index_outside_the_bank_is_refused_also_when_compiled(name, bad, monkeypatch) -> None:
+    case = CASES[name]
+    wrong = INDEX.clone()
+    wrong[3, 2] = bad
+    monkeypatch.setitem(globals(), "INDEX", wrong)
+    low, high = min(0, bad), max(M - 1, bad)
+    line = f"index goes from {low} to {high}; it should stay within 0 to {M - 1}"
+    with pytest.raises(ValueError, match=line):
+        case.call(*case.tensors())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: case.call(*x), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=line):
+        compiled(*case.tensors())
+
+
 @every
 def test_integers_are_refused(name: str) -> None:
     case = CASES[name]
