@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared.kernels.compiled import loop
+from shared.kernels.compiled import arms, loop, small
 
 ROWS = 8  # p that share a pass over q
 COLUMNS = 512  # m of a pass: what is read and written per p stays in the second-level cache
@@ -33,8 +33,8 @@ def triangles(Ds, Rs, Dt, Rt, delta, W):
     total = 0.0
     # Rows are copied into two blocks, at distances known when this is compiled: the compiler then
     # sees that a single test tells writes from reads, and uses vectors.
-    bp = np.zeros((ROWS, 5, COLUMNS), Ds.dtype)
-    bq = np.zeros((5, COLUMNS), Ds.dtype)
+    bp = np.empty((ROWS, 5, COLUMNS), Ds.dtype)
+    bq = np.empty((5, COLUMNS), Ds.dtype)
     for p0 in range(0, n, ROWS):
         for m0 in range(p0 // COLUMNS * COLUMNS, n, COLUMNS):
             columns = min(COLUMNS, n - m0)
@@ -92,4 +92,25 @@ def triangles(Ds, Rs, Dt, Rt, delta, W):
             for i in range(ROWS):
                 for m in range(columns):
                     W[p0 + i, m0 + m] += bp[i, 4, m]
+    return total
+
+
+@loop
+def few(student, teacher, delta, gradient):
+    """The whole loss of few rows in float64; adds its gradient [N, D_s] to `gradient`."""
+    n = len(student)
+    padded = -(-n // LANES) * LANES
+    Ds, Dt, Rs, Rt, W = np.zeros((5, padded, padded))
+    fine_s, fine_t = small(student, 0.0, Ds)[1], small(teacher, 0.0, Dt)[1]
+    if not (fine_s and fine_t):
+        gradient[:] = np.nan
+        return np.nan
+    arms(Ds, Dt, Rs, Rt)
+    total = triangles(Ds, Rs, Dt, Rt, delta, W)
+    for i in range(n):
+        for j in range(i + 1, n):
+            for k in range(student.shape[1]):
+                e = W[i, j] * (np.float64(student[i, k]) - np.float64(student[j, k]))
+                gradient[i, k] += e
+                gradient[j, k] -= e
     return total

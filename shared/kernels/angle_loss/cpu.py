@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels.dispatch import NUMBA
-from shared.kernels.distances import half_squares, pull_back
+from shared.kernels.distances import SMALL, half_squares, pull_back
 
 TILE = 1 << 18  # angles of one tile of the torch path
 
@@ -16,6 +16,8 @@ def angle_loss(
 ) -> tuple[Tensor, Tensor]:
     """(sum over triplets, its gradient [N, D_s] where it is wanted)."""
     n, dtype = len(student), student.dtype
+    if NUMBA and n * n * max(student.shape[1], teacher.shape[1]) <= SMALL:
+        return _few(student, teacher, delta, wants)
     (ps, x, fine_s), (pt, _, fine_t) = half_squares(student), half_squares(teacher)
     if not (fine_s and fine_t):
         nan = torch.full_like(student, torch.nan)
@@ -25,6 +27,16 @@ def angle_loss(
     total, w = (_compiled if NUMBA else _tiled)(ps, pt, min(delta, 4.0))
     gradient = pull_back(w[:n, :n], x).to(dtype) if wants else student.new_empty(0)
     return torch.tensor(total, dtype=dtype), gradient
+
+
+def _few(student: Tensor, teacher: Tensor, delta: float, wants: bool) -> tuple[Tensor, Tensor]:
+    """In one call, since calls are what a small batch costs."""
+    from shared.kernels.angle_loss.compiled import few
+
+    s, t = student.contiguous().numpy(), teacher.contiguous().numpy()
+    gradient = torch.zeros_like(student, memory_format=torch.contiguous_format)
+    total = few(s, t, min(delta, 4.0), gradient.numpy())
+    return torch.tensor(total, dtype=student.dtype), gradient if wants else gradient.new_empty(0)
 
 
 def _compiled(ps: Tensor, pt: Tensor, delta: float) -> tuple[float, Tensor]:
