@@ -59,6 +59,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "mean = (d * above).sum() / above.sum().clamp(min=1)",
         "1 -> 2",
     ): "both orders of a pair are counted: there are none, or two and more",
+    (
+        "shared.kernels.topk_search.reference",
+        "return F.normalize(x, dim=-1, eps=torch.finfo(torch.float64).tiny)",
+        "USub -> UAdd",
+    ): "the last of two dimensions is dimension 1",
 }
 
 OPERATORS = {

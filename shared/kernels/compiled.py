@@ -10,6 +10,9 @@ import numpy as np
 
 # No nnan or ninf: what is not finite has to come out as such.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+# Numba keeps machine code by the file of a function: constants belong into the file that uses them.
+TINY = 1e-30  # a square below it is near the end of float32's range
+LARGE = 1e37
 
 
 def loop(function: Callable, fastmath: set[str] = FAST) -> Callable:
@@ -28,7 +31,7 @@ def half_squares(gram, near, P):
     norms = np.empty(n, gram.dtype)
     for i in range(n):
         norms[i] = gram[i, i]
-    limit = gram.dtype.type(near)
+    limit, tiny = gram.dtype.type(near), gram.dtype.type(TINY)
     half = gram.dtype.type(0.5)
     zero = gram.dtype.type(0)
     one = gram.dtype.type(1)
@@ -38,7 +41,7 @@ def half_squares(gram, near, P):
         for j in range(n - i - 1):
             s = own + sums[j]
             d = max(s - row[j] - row[j], zero)
-            close += one if d <= limit * s else zero
+            close += one if d <= limit * s + tiny else zero
             squares[j] = half * d
     return close > zero
 
@@ -72,7 +75,7 @@ def small(x, near, P):
             if not square < np.inf:
                 return False, False
     # |x_i|^2 + |x_j|^2 of centred rows is at most twice the largest squared distance
-    return least <= 2 * near * most, n > 1 or np.isfinite(x).all()
+    return least <= 2 * near * most + TINY or most > LARGE, n > 1 or np.isfinite(x).all()
 
 
 @loop
@@ -98,17 +101,18 @@ def finish(part, x, norms_x, y, norms_y, near, squared):
     of the rows, in float64.
     """
     limit, zero, one = part.dtype.type(near), part.dtype.type(0), part.dtype.type(1)
+    tiny = part.dtype.type(TINY)
     for i in range(part.shape[0]):
         row, own = part[i], norms_x[i]
         close = zero
         for j in range(part.shape[1]):
             s = own + norms_y[j]
             d = s - row[j] - row[j]
-            close += zero if d > limit * s else one
+            close += zero if d > limit * s + tiny else one
             row[j] = d
         if close > zero:
             for j in range(part.shape[1]):
-                if row[j] > limit * (own + norms_y[j]):
+                if row[j] > limit * (own + norms_y[j]) + tiny:
                     row[j] = row[j] if squared else np.sqrt(row[j])
                     continue
                 square = 0.0

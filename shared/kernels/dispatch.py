@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -20,6 +21,7 @@ from torch import Tensor
 TRITON = find_spec("triton") is not None
 NUMBA = find_spec("numba") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own name: run on the CPU
+AUTOCAST = ("cpu", "cuda")
 PATHS = ("reference", "cpu", "triton")
 
 
@@ -69,14 +71,16 @@ def common(op: str, *tensors: Tensor) -> tuple[list[Tensor], torch.dtype]:
             raise ValueError(f"{op}: takes floating-point tensors, not {t.dtype}")
         result = torch.promote_types(result, t.dtype)
     compute = torch.float64 if result == torch.float64 else torch.float32
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    if tensors[0].device.type in AUTOCAST and torch.is_autocast_enabled(tensors[0].device.type):
         result = compute
     return [t if t.dtype == compute else t.to(compute) for t in tensors], result
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which the reference, too, computes in the type of its tensors."""
-    return torch.autocast(x.device.type, enabled=False)
+    if x.device.type in AUTOCAST:
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def matrix(op: str, name: str, x: Tensor) -> None:
@@ -126,19 +130,32 @@ class _LossWithGradient(torch.autograd.Function):
         given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         with without_autocast(given[0]):
             loss, gradient = function(*given)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(inputs[0], gradient)
         ctx.others = len(inputs) - 1
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, grads[0] * ctx.saved_tensors[0], *[None] * ctx.others)
+        student, gradient = ctx.saved_tensors
+        found = grads[0] * gradient
+        if torch.is_grad_enabled():  # create_graph: refuse instead of leaving a term out
+            found = _Once.apply(student, found)
+        return (None, found, *[None] * ctx.others)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("this loss is not twice differentiable: use backend='reference'")
 
 
 def in_float32(op: Any) -> None:
     """Under autocast an op's inputs come in float32."""
-    for device in ("cpu", "cuda"):
+    for device in AUTOCAST:
         op.register_autocast(device, torch.float32)
 
 

@@ -17,6 +17,7 @@ from shared.kernels.dispatch import NUMBA
 
 NEAR = 0.04  # of |x_i|^2 + |x_j|^2: above it float32 tells a cosine to 1e-5
 DIRECT = 1e-6  # the same in float64
+TINY = 1e-30  # a square below it is near the end of float32's range
 SMALL = 1 << 16  # numbers in [N, N, D]: below, all differences cost less than the calls they save
 LANES = 16  # N is padded to whole vectors
 
@@ -45,7 +46,7 @@ def _half_squares(x: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
     p = x.new_zeros(padded, padded)
     gram = x @ x.T
     norms = gram.diagonal()
-    if not math.isfinite(float(norms.sum())):
+    if not math.isfinite(4 * float(norms.sum())):
         return p, x, False, False
     if NUMBA:
         from shared.kernels import compiled
@@ -57,7 +58,7 @@ def _half_squares(x: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
     sums = norms[:, None] + norms
     square = torch.sub(sums, gram, alpha=2).clamp_(min=0)
     upper = torch.ones(n, n, dtype=torch.bool).triu_(1)
-    near = bool((upper & (square <= NEAR * sums)).any())
+    near = bool((upper & (square <= NEAR * sums + TINY)).any())
     if near and x.dtype == torch.float64:
         for pairs in (upper & (square <= DIRECT * sums)).nonzero().split(1 << 12):
             i, j = pairs.unbind(1)

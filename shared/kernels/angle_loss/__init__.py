@@ -31,7 +31,8 @@ def angle_loss(
     reduction: "sum" is L; "mean" divides by N (N-1) (N-2) / 2; "rkd" is the mean over all N^3
     ordered entries, degenerate ones as zeros, as the published RKD code has it.
     A triplet with an arm of length 0 in either space (exact duplicates) counts as 0 and has no
-    gradient. Fewer than three rows: 0. A NaN or inf in either input: NaN, and a NaN gradient.
+    gradient. Fewer than three rows: 0. A NaN or inf in either input: NaN, and a NaN gradient. The
+    result has the inputs' type: a sum in float16 overflows at 65504.
 
     Source: HORKD Eq. 4-5 (L_3); RKD, Park et al. 2019, Eq. 6-7.
     Memory: O(N^2) and both inputs. Cost: N^2 (D_s + D_t) and N^3 / 2 angles, one pass for value

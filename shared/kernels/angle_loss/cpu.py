@@ -20,7 +20,7 @@ def angle_loss(
         return _few(student, teacher, delta, wants)
     (ps, x, fine_s), (pt, _, fine_t) = half_squares(student), half_squares(teacher)
     if not (fine_s and fine_t):
-        nan = torch.full_like(student, torch.nan)
+        nan = student.new_full(student.shape, torch.nan)
         return torch.tensor(torch.nan, dtype=dtype), nan if wants else nan.new_empty(0)
     if ps.dtype != pt.dtype:  # one of them has near pairs: both in float64
         ps, pt, x = ps.double(), pt.double(), x.double()

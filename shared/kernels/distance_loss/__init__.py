@@ -34,7 +34,8 @@ def distance_loss(
     entries, the diagonal as zeros, as the published RKD code has it.
     Duplicate rows have distance 0, which is compared like any other and has subgradient 0; they do
     not enter mu. Fewer than two rows, or no distance above 0 in a space: distances there are 0. A
-    NaN or inf in either input: NaN, and a NaN gradient.
+    NaN or inf in either input: NaN, and a NaN gradient. The result has the inputs' type: a sum of
+    float16 overflows at 65504.
 
     Source: HORKD Eq. 3 (L_2); RKD, Park et al. 2019, Eq. 4-5.
     Memory: O(N^2) and both inputs. Cost: N^2 (D_s + D_t). backend: "reference" is the equation

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shared.kernels.dispatch import NUMBA
-from shared.kernels.distances import NEAR
+from shared.kernels.distances import NEAR, TINY
 
 CHUNK = 1 << 18  # numbers that torch finishes at a time
 SMALL = 0.03  # of the largest row: a gradient through a shorter distance is taken in float64
@@ -76,7 +76,7 @@ def _torch(
         sums = norms[:, None] + norms_y
         part.mul_(-2).add_(sums)
         at = []
-        for pairs in (~(part > NEAR * sums)).nonzero().split(1 << 12):
+        for pairs in (~(part > NEAR * sums + TINY)).nonzero().split(1 << 12):
             i, j = pairs.unbind(1)
             exact = (a[i].double() - y[j]).square().sum(-1)
             at.append((i, j, exact if squared else exact.sqrt()))

@@ -24,11 +24,11 @@ def forward(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:
     if not out.numel():
         return out
     if y is None:
-        grid: tuple[int, ...] = (gpu.pairs_of_tiles(m, block),)
+        tiles = gpu.pairs_of_tiles(m, block)
     else:
-        grid = (triton.cdiv(m, block), triton.cdiv(n, block))
+        tiles = triton.cdiv(m, block) * triton.cdiv(n, block)
     with torch.cuda.device_of(x):
-        _distances[grid](
+        _distances[(tiles,)](
             xt, yt, out, m, n, x.shape[1], xt.shape[1], yt.shape[1],
             SQUARED=squared, ALONE=y is None, BLOCK=block, **gpu.OPTIONS,
         )  # fmt: skip
@@ -69,7 +69,8 @@ def _distances(
     if ALONE:
         a, b = gpu.upper_tile(tl.program_id(0))
     else:
-        a, b = tl.program_id(0), tl.program_id(1)
+        rows = tl.cdiv(m, BLOCK)  # one axis: a second one ends at 65535 tiles
+        a, b = tl.program_id(0) % rows, tl.program_id(0) // rows
     i = a * BLOCK + tl.arange(0, BLOCK)[:, None]
     j = b * BLOCK + tl.arange(0, BLOCK)[None, :]
     d = gpu.squares(xt, yt, i, j, dim, stride_x, stride_y, BLOCK)

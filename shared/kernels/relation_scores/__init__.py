@@ -32,9 +32,9 @@ def relation_scores(
     NaN makes the scores NaN that it enters. Source: CRRCD Sec. III-A and Eq. 10, with the two
     linear maps after the ReLU merged into `weight` and `bias`.
 
-    Memory: [B, K], and for "cpu" .6 of one [B, K, d] up to 256 MiB, between forward and backward
-    pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost: three products
-    [BK, d] x [d, d], two for what is kept.
+    Memory: [B, K], and for "cpu" .6 of one [B, K, e] up to 256 MiB, between forward and backward
+    pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost: four products
+    [BK, d] x [d, e], three for what is kept.
     Raises ValueError for a backend that cannot take the tensors, for shapes that do not fit, an
     index that is not int64 or (on the CPU) not in the bank, and a temperature not above 0. Not
     twice differentiable, except by "reference".
@@ -69,113 +69,100 @@ def relation_scores(
     if c is None:
         c = w.new_zeros(w.shape[1])
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    with dispatch.without_autocast(q):
-        scores = _relation_scores(
-            a, m, index, q @ w.T, w @ w.T, w @ c, q @ c, c @ c, wants, path
-        )[0]
+    scores = _relation_scores(q, a, m, index, w, c, wants, path)[0]
     return (scores / temperature).to(dtype)
 
 
 @torch.library.custom_op("lowres::relation_scores", mutates_args=())
 def _relation_scores(
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    bq: Tensor,
-    bb: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     wants: bool,
     path: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scores, <q, key>, |key| [B, K], what the path keeps for the backward pass)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [B, K], |key| [B, K], what the path keeps for the backward pass)."""
     # Again, as compiled code comes here without a check, and numba would read what lies beyond.
     dispatch.indices(OP, index, rows=len(anchor), into=bank)
-    return dispatch.module(OP, path).forward(anchor, bank, index, u, a, v, bq, bb, wants)
+    return dispatch.module(OP, path).forward(query, anchor, bank, index, weight, bias, wants)
 
 
 @_relation_scores.register_fake
 def _(
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    bq: Tensor,
-    bb: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     wants: bool,
     path: str,
 ) -> Any:
-    (b, k), d = index.shape, anchor.shape[1]
-    keep = 0
-    if wants and path == "cpu":
-        keep = dispatch.module(OP, path).kept_rows(b, k, d, anchor)
-    kept = anchor.new_empty((keep, k, d) if path == "cpu" else (0,))
-    return *(anchor.new_empty(b, k) for _ in range(3)), kept
+    (b, k), e = index.shape, weight.shape[1]
+    keep = dispatch.module(OP, path).kept_rows(b, k, e, query) if wants and path == "cpu" else 0
+    return anchor.new_empty(b, k), anchor.new_empty(b, k), anchor.new_empty(keep, k, e)
 
 
 @torch.library.custom_op("lowres::relation_scores_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scores: Tensor,
     norm: Tensor,
     kept: Tensor,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by anchor, bank, u, a and v from `grad` [B, K]."""
+    """Gradients by query, anchor, bank, weight and bias from `grad` [B, K]."""
     return dispatch.module(OP, path).backward(
-        grad, anchor, bank, index, u, a, v, dot, norm, kept
+        grad, query, anchor, bank, index, weight, bias, scores, norm, kept
     )
 
 
 @_backward.register_fake
 def _(
     grad: Tensor,
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scores: Tensor,
     norm: Tensor,
     kept: Tensor,
     path: str,
 ) -> Any:
-    return tuple(x.new_empty(x.shape) for x in (anchor, bank, u, a, v))
+    return tuple(x.new_empty(x.shape) for x in (query, anchor, bank, weight, bias))
 
 
-def gradients(grad: Tensor, dot: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, s) [B, K]: the gradient by <q, key>, and by half of |key|^2; 0 where the norm is."""
+TINY = 1e-12  # a relation vector shorter than this is divided by it, as F.normalize does
+
+
+def gradients(grad: Tensor, scores: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, s) [B, K]: the gradient of a score by its key is p query + s key."""
     p = grad / norm
-    s = -p * dot / norm.square()
-    return p, torch.where(norm <= TINY**0.5, 0, s)
-
-
-TINY = 1e-24  # a relation vector of square norm below this scores 0, as F.normalize has it
+    return p, torch.where(norm <= TINY, 0, -p * scores / norm)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchor, bank, index, u, a, v, _, _, _, ctx.path = inputs
-    ctx.save_for_backward(anchor, bank, index, u, a, v, *output[1:])
+    query, anchor, bank, index, weight, bias, _, ctx.path = inputs
+    ctx.save_for_backward(query, anchor, bank, index, weight, bias, *output)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
-    dot, norm = ctx.saved_tensors[6:8]
-    d_anchor, d_bank, d_u, d_a, d_v = _backward(grad, *ctx.saved_tensors, ctx.path)
-    p, s = gradients(grad, dot, norm)
-    return d_anchor, d_bank, None, d_u, d_a, d_v, p.sum(1), 0.5 * s.sum(), None, None
+        return (None,) * 8
+    query, anchor, bank, weight, bias = _backward(grad, *ctx.saved_tensors, ctx.path)
+    return query, anchor, bank, None, weight, bias, None, None
 
 
 _relation_scores.register_autograd(_autograd, setup_context=_setup)

@@ -25,39 +25,49 @@ def relations(anchor, bank, index, r):
 
 
 @loop
-def measure(r, ra, u, v, dot, square):
-    """ra += v; dot = <r, u>; square = <r, rA> + 2 <r, v>."""
-    zero = r.dtype.type(0)
-    for b in range(r.shape[0]):
-        own = u[b]
-        for k in range(r.shape[1]):
-            x, y = r[b, k], ra[b, k]
-            along, length = zero, zero
+def measure(key, query, bias, dot, norm):
+    """key += bias; dot = <key, query>; norm = |key|."""
+    zero = key.dtype.type(0)
+    for b in range(key.shape[0]):
+        own = query[b]
+        for k in range(key.shape[1]):
+            x = key[b, k]
+            along, square = zero, zero
             for j in range(x.shape[0]):
-                z = y[j] + v[j]
-                along += x[j] * own[j]
-                length += x[j] * (z + v[j])
-                y[j] = z
+                y = x[j] + bias[j]
+                along += y * own[j]
+                square += y * y
+                x[j] = y
             dot[b, k] = along
-            square[b, k] = length
+            norm[b, k] = np.sqrt(square)
 
 
 @loop
-def spread(p, s, r, u, kept, index, d_anchor, d_bank, sr):
-    """dr = p u + s kept where r > 0: to the anchors and, negative, to the bank; sr = s r."""
+def turn(key, query, p, s, d_key, d_query, d_bias):
+    """d_key = p query + s key; adds sum p key to d_query and sum d_key to d_bias."""
+    for b in range(key.shape[0]):
+        own, back = query[b], d_query[b]
+        for k in range(key.shape[1]):
+            x, to, straight, turned = key[b, k], d_key[b, k], p[b, k], s[b, k]
+            for j in range(x.shape[0]):
+                to[j] = straight * own[j] + turned * x[j]
+            for j in range(x.shape[0]):
+                back[j] += straight * x[j]
+            for j in range(x.shape[0]):
+                d_bias[j] += to[j]
+
+
+@loop
+def spread(r, dr, index, d_anchor, d_bank):
+    """dr where r > 0: to the anchors and, negative, to the bank."""
     zero = r.dtype.type(0)
-    dr = np.empty(r.shape[2], r.dtype)
     for b in range(r.shape[0]):
-        own, into = u[b], d_anchor[b]
+        into = d_anchor[b]
         for k in range(r.shape[1]):
-            x, key, out, far = r[b, k], kept[b, k], sr[b, k], d_bank[index[b, k]]
-            straight, turned = p[b, k], s[b, k]
-            for j in range(dr.shape[0]):
-                e = straight * own[j] + turned * key[j]
-                dr[j] = e if x[j] > zero else zero
-            for j in range(dr.shape[0]):
-                out[j] = turned * x[j]
-            for j in range(dr.shape[0]):
-                into[j] += dr[j]
-            for j in range(dr.shape[0]):
-                far[j] -= dr[j]
+            x, to, far = r[b, k], dr[b, k], d_bank[index[b, k]]
+            for j in range(x.shape[0]):
+                to[j] = to[j] if x[j] > zero else zero
+            for j in range(x.shape[0]):
+                into[j] += to[j]
+            for j in range(x.shape[0]):
+                far[j] -= to[j]

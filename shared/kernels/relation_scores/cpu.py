@@ -1,14 +1,14 @@
 """`relation_scores` a few queries at a time, with a backward pass of its own.
 
-With r = relu(anchor_b - bank_k), A = W Wᵀ, u = W q, v = W b:
-    dot    = <q, rW + b> = <r, u> + <b, q>
-    square = |rW + b|²   = <r, rA> + 2 <r, v> + <b, b>,  score = dot / sqrt(square)
-so that one [K, d] x [d, d] product serves the forward pass. rA + v is kept for the backward pass
-of the first KEPT of the queries, and made again for the others. With g the gradient of a score,
-p = g / norm and s = -g dot / norm³ (the gradient of the score by ½ square):
-    dr = p u + s (rA + v);  dA = ½ Σ s rᵀr;  du = Σ p r;  dv = Σ s r;  d<b,q> = Σ p;  d<b,b> = ½ Σ s
-r is gathered again in the backward pass: that costs less than keeping it. Around the two products,
-compiled.py reads and writes each number once; without numba, torch does the same in more passes.
+With r = relu(anchor_b - bank_k), key = r W + b, norm = |key|, score = <key, q> / norm, and with g
+the gradient of a score, p = g / norm, s = -g score / norm^2:
+    dkey = p q + s key;  dq = sum p key;  db = sum dkey;  dW = sum r' dkey;  dr = dkey W' where r > 0
+Keys are kept for the backward pass of the first KEPT of the queries, and made again for the others;
+r is gathered again, which costs less than keeping it. Around the products, compiled.py reads and
+writes each number once; without numba, torch does the same in more passes.
+
+(|key|^2 = <r, r W W'> + 2 <r, W b> + <b, b> would save a product, but cancels where keys are
+short.)
 """
 
 from __future__ import annotations
@@ -20,81 +20,84 @@ from shared.kernels.dispatch import NUMBA
 from shared.kernels.relation_scores import TINY, gradients
 
 CHUNK_BYTES = 1 << 20  # r of one chunk: stays in a core's second-level cache
-# Keeping all would save a sixth of the time; this stays below an eighth of eager autograd's peak.
-KEPT = 0.6
+# Keeping all would save a tenth of the time; this stays below an eighth of eager autograd's peak.
+KEPT = (3, 5)
 KEPT_BYTES = 1 << 28
 
 
-def kept_rows(b: int, k: int, d: int, x: Tensor) -> int:
-    """Queries whose rA + v is kept."""
-    return min(int(KEPT * b), KEPT_BYTES // max(1, k * d * x.element_size()))
+def kept_rows(b: int, k: int, e: int, x: Tensor) -> int:
+    """Queries whose keys are kept."""
+    return min(b * KEPT[0] // KEPT[1], KEPT_BYTES // max(1, k * e * x.element_size()))
 
 
 def forward(
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    bq: Tensor,
-    bb: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     wants: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scores, dot, norm [B, K], rA + v [B, K, d] where a gradient is wanted)."""
-    (b, k), d = index.shape, anchor.shape[1]
-    anchor, bank, index, u, v = (x.contiguous() for x in (anchor, bank, index, u, v))
-    dot, square = anchor.new_empty(b, k), anchor.new_empty(b, k)
-    keep = kept_rows(b, k, d, anchor) if wants else 0
-    kept = anchor.new_empty(keep, k, d)
-    step = _step(k, d, anchor)
-    r, ra = anchor.new_empty(step, k, d), anchor.new_empty(step, k, d)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, norm [B, K], the first keys [., K, e] where a gradient is wanted)."""
+    (b, k), (d, e) = index.shape, weight.shape
+    query, anchor, bank, index, bias = (
+        x.contiguous() for x in (query, anchor, bank, index, bias)
+    )
+    scores, norm = anchor.new_empty(b, k), anchor.new_empty(b, k)
+    keep = kept_rows(b, k, e, query) if wants else 0
+    kept = anchor.new_empty(keep, k, e)
+    step = _step(k, max(d, e), anchor)
+    r, room = anchor.new_empty(step, k, d), anchor.new_empty(step, k, e)
     for rows in _chunks(b, step, keep):
         count = len(anchor[rows])
-        r_c, ra_c = r[:count], kept[rows] if rows.start < keep else ra[:count]
+        r_c, key = r[:count], kept[rows] if rows.start < keep else room[:count]
         _relations(anchor[rows], bank, index[rows], r_c)
-        torch.mm(r_c.view(-1, d), a, out=ra_c.view(-1, d))
-        (_measure_compiled if NUMBA else _measure)(r_c, ra_c, u[rows], v, dot[rows], square[rows])
-    dot += bq[:, None]
-    norm = square.add_(bb).clamp_(min=TINY).sqrt_()
-    return dot / norm, dot, norm, kept
+        torch.mm(r_c.flatten(0, 1), weight, out=key.flatten(0, 1))
+        (_measure_compiled if NUMBA else _measure)(key, query[rows], bias, scores[rows], norm[rows])
+    norm.clamp_(min=TINY)
+    return scores.div_(norm), norm, kept
 
 
 def backward(
     grad: Tensor,
+    query: Tensor,
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    u: Tensor,
-    a: Tensor,
-    v: Tensor,
-    dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scores: Tensor,
     norm: Tensor,
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by anchor, bank, u, A and v."""
-    (b, k), d = index.shape, anchor.shape[1]
-    anchor, bank, index, u = (x.contiguous() for x in (anchor, bank, index, u))
-    p, s = (x.contiguous() for x in gradients(grad, dot, norm))
-    d_anchor, d_u = torch.zeros_like(anchor), torch.zeros_like(u)
-    d_bank, d_a, d_v = torch.zeros_like(bank), a.new_zeros(d, d), v.new_zeros(d)
-    step, keep = _step(k, d, anchor), len(kept)
-    r, sr, ra = (anchor.new_empty(step, k, d) for _ in range(3))
+    """Gradients by query, anchor, bank, weight and bias."""
+    (b, k), (d, e) = index.shape, weight.shape
+    query, anchor, bank, index, bias = (
+        x.contiguous() for x in (query, anchor, bank, index, bias)
+    )
+    p, s = (x.contiguous() for x in gradients(grad, scores, norm))
+    found = tuple(x.new_zeros(x.shape) for x in (query, anchor, bank, weight, bias))
+    d_query, d_anchor, d_bank, d_weight, d_bias = found
+    step, keep = _step(k, max(d, e), anchor), len(kept)
+    r, dr = anchor.new_empty(step, k, d), anchor.new_empty(step, k, d)
+    room, d_key = anchor.new_empty(step, k, e), anchor.new_empty(step, k, e)
     for rows in _chunks(b, step, keep):
         count = len(anchor[rows])
-        r_c, sr_c, ra_c, at = r[:count], sr[:count], ra[:count], index[rows]
-        _relations(anchor[rows], bank, at, r_c)
+        r_c, dr_c, key, d_key_c = r[:count], dr[:count], room[:count], d_key[:count]
+        _relations(anchor[rows], bank, index[rows], r_c)
         if rows.start < keep:
-            ra_c = kept[rows]
+            key = kept[rows]
         else:
-            torch.addmm(v, r_c.view(-1, d), a, out=ra_c.view(-1, d))
-        (_spread_compiled if NUMBA else _spread)(
-            p[rows], s[rows], r_c, u[rows], ra_c, at, d_anchor[rows], d_bank, sr_c
+            torch.addmm(bias, r_c.flatten(0, 1), weight, out=key.flatten(0, 1))
+        (_turn_compiled if NUMBA else _turn)(
+            key, query[rows], p[rows], s[rows], d_key_c, d_query[rows], d_bias
         )
-        d_u[rows] = torch.bmm(p[rows, None, :], r_c).squeeze(1)
-        d_v += sr_c.sum((0, 1))
-        d_a.addmm_(r_c.view(-1, d).T, sr_c.view(-1, d), alpha=0.5)
-    return d_anchor, d_bank, d_u, d_a, d_v
+        flat = d_key_c.flatten(0, 1)
+        d_weight.addmm_(r_c.flatten(0, 1).T, flat)
+        torch.mm(flat, weight.T, out=dr_c.flatten(0, 1))
+        (_spread_compiled if NUMBA else _spread)(r_c, dr_c, index[rows], d_anchor[rows], d_bank)
+    return d_query, d_anchor, d_bank, d_weight, d_bias
 
 
 def _step(k: int, d: int, x: Tensor) -> int:
@@ -114,56 +117,53 @@ def _relations(anchor: Tensor, bank: Tensor, index: Tensor, r: Tensor) -> None:
 
         compiled.relations(anchor.numpy(), bank.numpy(), index.numpy(), r.numpy())
         return
-    chosen = torch.index_select(bank, 0, index.flatten(), out=r.view(-1, r.shape[-1])).view_as(r)
+    chosen = torch.index_select(bank, 0, index.flatten(), out=r.flatten(0, 1)).view_as(r)
     torch.sub(anchor[:, None, :], chosen, out=chosen).relu_()
 
 
-def _measure(r: Tensor, ra: Tensor, u: Tensor, v: Tensor, dot: Tensor, square: Tensor) -> None:
-    """ra += v; dot = <r, u>; square = <r, rA> + 2 <r, v>."""
-    ra += v
-    dot.copy_(torch.bmm(r, u[:, :, None]).squeeze(2))
-    square.copy_(r @ v + (r * ra).sum(-1))
+def _measure(key: Tensor, query: Tensor, bias: Tensor, dot: Tensor, norm: Tensor) -> None:
+    """key += bias; dot = <key, query>; norm = |key|."""
+    key += bias
+    dot.copy_(torch.bmm(key, query[:, :, None]).squeeze(2))
+    norm.copy_(torch.linalg.vector_norm(key, dim=-1))
 
 
-def _measure_compiled(
-    r: Tensor, ra: Tensor, u: Tensor, v: Tensor, dot: Tensor, square: Tensor
-) -> None:
+def _measure_compiled(*tensors: Tensor) -> None:
     from shared.kernels.relation_scores import compiled
 
-    compiled.measure(r.numpy(), ra.numpy(), u.numpy(), v.numpy(), dot.numpy(), square.numpy())
+    compiled.measure(*(x.numpy() for x in tensors))
 
 
-def _spread(
+def _turn(
+    key: Tensor,
+    query: Tensor,
     p: Tensor,
     s: Tensor,
-    r: Tensor,
-    u: Tensor,
-    kept: Tensor,
-    index: Tensor,
-    d_anchor: Tensor,
-    d_bank: Tensor,
-    sr: Tensor,
+    d_key: Tensor,
+    d_query: Tensor,
+    d_bias: Tensor,
 ) -> None:
-    """dr to the anchors and, negative, to the bank; sr = s r."""
-    dr = kept * s[:, :, None]
-    dr.addcmul_(p[:, :, None], u[:, None, :])
+    """d_key = p query + s key; adds sum p key to d_query and sum d_key to d_bias."""
+    torch.mul(key, s[:, :, None], out=d_key)
+    d_key.addcmul_(p[:, :, None], query[:, None, :])
+    d_query += torch.bmm(p[:, None, :], key).squeeze(1)
+    d_bias += d_key.sum((0, 1))
+
+
+def _turn_compiled(*tensors: Tensor) -> None:
+    from shared.kernels.relation_scores import compiled
+
+    compiled.turn(*(x.numpy() for x in tensors))
+
+
+def _spread(r: Tensor, dr: Tensor, index: Tensor, d_anchor: Tensor, d_bank: Tensor) -> None:
+    """dr where r > 0: to the anchors and, negative, to the bank."""
     dr.mul_(r > 0)
     d_anchor += dr.sum(1)
-    d_bank.index_add_(0, index.flatten(), dr.view(-1, dr.shape[-1]), alpha=-1)
-    torch.mul(r, s[:, :, None], out=sr)
+    d_bank.index_add_(0, index.flatten(), dr.flatten(0, 1), alpha=-1)
 
 
-def _spread_compiled(
-    p: Tensor,
-    s: Tensor,
-    r: Tensor,
-    u: Tensor,
-    kept: Tensor,
-    index: Tensor,
-    d_anchor: Tensor,
-    d_bank: Tensor,
-    sr: Tensor,
-) -> None:
+def _spread_compiled(*tensors: Tensor) -> None:
     from shared.kernels.relation_scores import compiled
 
-    compiled.spread(*(x.numpy() for x in (p, s, r, u, kept, index, d_anchor, d_bank, sr)))
+    compiled.spread(*(x.numpy() for x in tensors))

@@ -52,7 +52,7 @@ def _backward(grad: Tensor, x: Tensor, path: str) -> Tensor:
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, path: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

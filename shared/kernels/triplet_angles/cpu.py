@@ -26,7 +26,7 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     """dL/dx from dL/dcosines [N, N, N], which need not be symmetric in i and k."""
     p, r, centred, finite = _sides(x)
     if not finite:
-        return torch.full_like(x, torch.nan)
+        return x.new_full(x.shape, torch.nan)
     w = torch.zeros_like(p)  # dL/d(half a squared distance), both orders of a pair apart
     square = r.square()
     for i in _slices(len(x)):

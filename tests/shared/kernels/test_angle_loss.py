@@ -157,9 +157,11 @@ def test_an_offset_of_1000_costs_no_more_than_the_rounding_of_the_input(cpu_path
     assert angle_loss(s, t, backend="cpu").item() == pytest.approx(truth, rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e18, 1e30])
-def test_scale_does_not_matter_even_where_squares_leave_float32(scale: float) -> None:
-    s, t = features(9, 4, dtype=torch.float32), features(9, 4, seed=1, dtype=torch.float32)
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-21, 3e-21, 1e-12, 1e18, 3e18, 1e19, 1e30])
+@pytest.mark.parametrize("shape", [(9, 4), (40, 100)])
+def test_scale_does_not_matter_even_where_squares_leave_float32(scale: float, shape) -> None:
+    """Below and above the size where all differences are taken."""
+    s, t = features(*shape, dtype=torch.float32), features(*shape, seed=1, dtype=torch.float32)
     expected = angle_loss(s, t).item()
     for backend in ("cpu", "reference"):
         found = angle_loss(s * scale, t, backend=backend).item()
@@ -167,6 +169,16 @@ def test_scale_does_not_matter_even_where_squares_leave_float32(scale: float) ->
     leaf = (s * scale).requires_grad_()
     (gradient,) = torch.autograd.grad(angle_loss(leaf, t, backend="cpu"), leaf)
     assert gradient.isfinite().all() and gradient.any()
+
+
+def test_a_second_derivative_is_refused_and_not_left_out() -> None:
+    s, t = features(5, 3).requires_grad_(), features(5, 3, seed=1)
+    (gradient,) = torch.autograd.grad(angle_loss(s, t), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
+        gradient.square().sum().backward()
+    (gradient,) = torch.autograd.grad(angle_loss(s, t, backend="reference"), s, create_graph=True)
+    gradient.square().sum().backward()
+    assert s.grad is not None and s.grad.any()
 
 
 def test_memory_stays_at_n_squared(cpu_path: str) -> None:

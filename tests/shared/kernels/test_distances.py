@@ -92,11 +92,22 @@ def test_one_bad_row_leaves_the_others_right(cpu_path: str) -> None:
 
 
 def test_squares_that_leave_float32_do_not_spoil_distances(cpu_path: str) -> None:
-    for scale in (1e-30, 1e25):
-        x = features(5, 3, dtype=torch.float32) * scale
+    for scale in (1e-30, 1e-22, 1e-21, 3e18, 1e25):
+        x = features(40, 60, dtype=torch.float32) * scale
         truth = pairwise_distance(x.double(), backend="reference")
         found = pairwise_distance(x, backend="cpu").double()
         torch.testing.assert_close(found / scale, truth / scale, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 2e-23, 1e20])
+@pytest.mark.parametrize("shape", [(8, 8), (40, 100)])
+def test_distance_loss_does_not_depend_on_a_scale_near_the_ends_of_float32(scale, shape) -> None:
+    """Also where all rows are about equally far apart, so that none is near another."""
+    rows = torch.eye(*shape, dtype=torch.float64) * (1 + 0.05 * features(*shape).abs())
+    t = features(*shape, seed=1)
+    expected = distance_loss(rows, t, backend="reference").item()
+    found = distance_loss((rows * scale).float(), t.float(), backend="cpu").item()
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -44,6 +44,30 @@ def test_value_matches_plain_loop(backend: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("e", [1, 2, 4, 40])
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_short_keys_lose_no_accuracy(e: int, cancelling: bool, cpu_path: str) -> None:
+    """<r, r W W'> + ... in place of |r W + b|^2 is off by any factor where the key is short."""
+    query, anchor, bank, index, weight, bias = inputs(8, 60, 90, 24, e, dtype=torch.float32)
+    if cancelling:
+        with torch.no_grad():
+            r = torch.relu(anchor[3] - bank[index[3, 5]])
+            bias.copy_(-1.001 * (r @ weight))
+    args = [query, anchor, bank, index, weight, bias]
+
+    def found(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [x.detach().to(dtype) if x.is_floating_point() else x for x in args]
+        leaves = [x.requires_grad_() for x in given if x.is_floating_point()]
+        scores = relation_scores(*given, backend=backend)
+        return [scores.detach(), *torch.autograd.grad(scores.sum(), leaves)]
+
+    truth = found("reference", torch.float64)
+    eager, ours = found("reference", torch.float32), found("cpu", torch.float32)
+    for t, a, b in zip(truth, eager, ours, strict=True):
+        allowed = 4 * (a - t).abs().max() + 5e-6 * t.abs().max().clamp(min=1)
+        assert (b - t).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradcheck(backend: str) -> None:
     query, anchor, bank, index, weight, bias = inputs(3, 4, 5, 3, 4, seed=1)
