@@ -32,7 +32,8 @@ def center_distance_loss(
     Source: HORKD Eq. 6-7 (L_C). Memory: four times [B, D] and some 10 MiB of tiles. Cost: three
     B C D, one pass for value and gradient, and D for each pair that float32 needs done from the
     differences of its rows (cpu.py). backend: "cpu" goes by tiles; they are plain torch, and "auto"
-    takes them on every device. "reference" is the equation under autograd, and holds [B, C, D].
+    takes them on CUDA too. "reference" is the equation under autograd, and holds [B, C, D]; "auto"
+    takes it for small inputs on the CPU, and on other devices, of which some have no float64.
     Raises ValueError for shapes that do not fit, another reduction, and a backend that cannot take
     the tensors. Not twice differentiable, except by "reference".
     """
@@ -48,7 +49,7 @@ def center_distance_loss(
     numbers = student.numel() * len(centers)
     paths, small = ("reference", "cpu"), numbers <= SMALL
     path = dispatch.choose(OP, backend, student, teacher, centers, paths=paths, small=small)
-    if backend == "auto" and student.device.type != "cpu":
+    if backend == "auto" and student.device.type == "cuda":
         path = "cpu"
     (s, t, u), dtype = dispatch.common(OP, student, teacher.detach(), centers.detach())
     if path == "reference":

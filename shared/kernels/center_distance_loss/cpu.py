@@ -1,4 +1,4 @@
-"""`center_distance_loss` in tiles of rows and centres, in plain torch, for any device.
+"""`center_distance_loss` in tiles of rows and centres, in plain torch, for the CPU and CUDA.
 
 |g - u|^2 = |g|^2 + |u|^2 - 2 <g, u> with all rows centred by the mean of the centres, so that a
 tile of distances is a matrix product; with w_ic = 2 (d_s - d_t) / d_s the gradient is another:
@@ -28,6 +28,8 @@ def center_distance_loss(
         mean = centers.mean(0)
         s, t = student - mean, teacher - mean
         s_square, t_square = s.square().sum(1), t.square().sum(1)
+        bad = 0 * (s_square + t_square)  # NaN for a row with inf: none of its pairs is near
+        s_square, t_square = s_square + bad, t_square + bad
         for c in range(0, len(centers), COLUMNS):
             given = centers[c : c + COLUMNS]
             u = given - mean

@@ -10,4 +10,6 @@ def center_distance_loss(student: Tensor, teacher: Tensor, centers: Tensor) -> T
     """Sum over rows and centres."""
     d_t = torch.linalg.vector_norm(teacher[:, None] - centers, dim=-1)  # [B, C]
     d_s = torch.linalg.vector_norm(student[:, None] - centers, dim=-1)
-    return (d_t - d_s).square().sum()
+    error = d_t - d_s
+    error = error + 0 * error.detach()  # NaN where it is inf: in the loss, and in its gradient
+    return error.square().sum()

@@ -26,12 +26,15 @@ def nce_scores(
     query: [B, D], bank: [M, D], index: [B, K] int64, rows of bank. Differentiates query and bank;
     the gradient of the bank is a dense [M, D], and is not computed where the bank wants none.
     B = 0 or K = 0: an empty [B, K], and zero gradients. A row of the bank that no index names
-    changes nothing, also where it is NaN. The bank is kept for the backward pass, not copied:
-    change it in place (a memory bank's update) only after that, or autograd refuses.
+    changes nothing, also where it is NaN. The bank is kept for the backward pass, not copied where
+    it has the type that is computed in (float64 where one is, else float32): change it in place (a
+    memory bank's update) only after that, or autograd refuses.
 
     Source: the inner products of losses with a memory bank or a queue, as CRD, Tian et al. 2020,
-    has them. Memory: the results and 16 MiB, never [B, K, D]. Cost on the CPU: the
-    cheaper of B K D by gathered rows and B M D as a matrix product (cpu.py).
+    has them. Memory: the results and 16 MiB, never [B, K, D]. But a bank of another type (float16,
+    bfloat16, or float32 beside float64 queries) is converted whole at every call, and the copy kept
+    for the backward pass; and one that is not contiguous may be copied in either pass. Cost on the
+    CPU: the cheaper of B K D by gathered rows and B M D as a matrix product (cpu.py).
     backend: "reference" is the equation under autograd, and holds [B, K, D] twice.
     Raises ValueError for shapes that do not fit, an index that is not int64 or, on the CPU, not in
     [0, M), temperature <= 0, and a backend that cannot take the tensors. On CUDA an index out of

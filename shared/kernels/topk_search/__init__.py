@@ -28,9 +28,11 @@ def topk_search(
     NaN with every other, and NaN comes last, by index. k = 0 or Q = 0: empty results.
 
     Exact: matrix products only choose candidates, whose scores are measured in float64 from the
-    rows as given; no true neighbour is lost to rounding, at any torch.set_float32_matmul_precision
-    (cpu.py says how). So ties are those of the float64 scores, before rounding to the result's
-    type: near-duplicates that differ come in their true order.
+    rows as given; on the CPU no true neighbour is lost to rounding, whatever precision torch is
+    told to give its products (cpu.py says how). On CUDA that holds of float32 products; where TF32
+    is allowed, the sums of tensor cores are not in the bound. So ties are those of the float64
+    scores, before rounding to the result's type: near-duplicates that differ come in their true
+    order.
 
     Memory: a copy of the gallery, the results, and tiles and lists of candidates: a few MiB, up to
     some 100 MiB where k is in the thousands. Cost: Q G D as tiles of a product, and D for each of
@@ -38,8 +40,9 @@ def topk_search(
     that allows (1e-5 of a cosine) is done again in float64, and where even that leaves ties,
     against the whole gallery: several times slower, and rare in ordinary data. For one query, or k
     near G, a product and torch.topk are faster (by 1.3, and by 1.6 at k = G / 6).
-    backend: "cpu" goes by tiles; without numba, and on other devices, they are plain torch, and
-    "auto" takes them everywhere. "reference" holds [Q, G, D] in float64.
+    backend: "cpu" goes by tiles; without numba, and on CUDA, where "auto" takes them too, they are
+    plain torch. "reference" holds [Q, G, D] in float64; "auto" takes it on other devices, of which
+    some have no float64: there it computes, and ranks, in the type of the rows.
     Raises ValueError for shapes that do not fit, k below 0 or above G, another metric, and a
     backend that cannot take the tensors.
     """
@@ -55,7 +58,7 @@ def topk_search(
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"{OP}: no metric {metric!r}; there are: cosine, euclidean")
     path = dispatch.choose(OP, backend, queries, gallery, paths=("reference", "cpu"))
-    if backend == "auto":
+    if backend == "auto" and queries.device.type == "cuda":
         path = "cpu"
     with torch.no_grad():
         (q, g), dtype = dispatch.common(OP, queries.detach(), gallery.detach())

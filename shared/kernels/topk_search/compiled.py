@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 
 from shared.kernels.compiled import FAST, loop
-from shared.kernels.topk_search.cpu import BLOCK
 
+# Here and not in cpu.py: numba's cache on disk sees no change of another file.
+BLOCK = 32  # gallery rows that one test covers
 TILE = 512  # gallery rows that all queries measure before the next: they stay in the cache
 
 

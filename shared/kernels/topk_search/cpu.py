@@ -5,10 +5,11 @@ collapsed embedding costs no accuracy, what ranks the gallery for a query is
     key_j = <q - m, g_j - m> + b_j,    b_j = -|g_j - m|^2 / 2, or <m, g_j - m> for cosines,
     distance^2 = |q - m|^2 - 2 key,    cosine = <m, q> + key.
 A computed key is off by at most c |q - m| |g_j - m| + 2 u |b_j|, c = (D + 8) u + 2 r, with u the
-roundoff of sums and r that of a product's factors. Rows are ranked by their key plus this bound;
-the k + MARGIN best are measured in float64 from the rows as given; and a query is settled where its
-k-th best is above what any row left out can reach. The others go through a product in float64, and
-those that it leaves open too, which have many exact ties, are measured against the whole gallery.
+roundoff of sums and r that of a product's factors (on CUDA with TF32, whose tensor cores sum less
+exactly, it is not proven). Rows are ranked by their key plus this bound; the k + MARGIN best are
+measured in float64 from the rows as given; and a query is settled where its k-th best is above what
+any row left out can reach. The others go through a product in float64, and those that it leaves
+open too, which have many exact ties, are measured against the whole gallery.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from torch import Tensor
 
 from shared.kernels.dispatch import NUMBA
 
-ROWS, COLUMNS = 512, 512  # of a tile: it stays in the second-level cache
-BLOCK = 32  # gallery rows that one test covers; COLUMNS is a multiple of it
+# Of a tile: it stays in the second-level cache. COLUMNS is a multiple of compiled.BLOCK.
+ROWS, COLUMNS = 512, 512
 MARGIN = 8  # measured beyond k, or an eighth of k
 SAMPLE = 1024  # rows, or a few more, whose mean is m
 CHUNK = 1 << 15  # numbers done at once in float64
 NUMBERS = 1 << 22  # in the lists of a block of queries; fewer queries a block where k is large
 TINY = 1e-37  # products too small for float32
-FACTORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}  # r, by float32_matmul_precision
+# r, by the names that torch's settings of precision have; any other name is taken for the widest.
+FACTORS = {"highest": 0.0, "ieee": 0.0, "none": 0.0, "high": 2.0**-10, "tf32": 2.0**-10}
+WIDEST = 2.0**-8  # bfloat16
 
 
 def topk_search(queries: Tensor, gallery: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
@@ -77,16 +80,20 @@ class _Search:
         work: torch.dtype | None,
     ) -> None:
         self.gallery, self.lengths, self.n, self.cosine = gallery, lengths, n, cosine
-        self.compiled = NUMBA and gallery.device.type == "cpu"
+        self.compiled, block = NUMBA and gallery.device.type == "cpu", 1
+        if self.compiled:
+            from shared.kernels.topk_search import compiled
+
+            block = compiled.BLOCK
         self.scale, self.work = scale, work  # scale: so that no square overflows
         self.keep = len(gallery) if work is None else min(len(gallery), n + max(MARGIN, n // 8))
-        self.length = self.keep + self.keep // 2 + 2 * BLOCK  # of a list, cut to `keep` when full
+        self.length = self.keep + self.keep // 2 + 2 * block  # of a list, cut to `keep` when full
         self.rows = max(1, min(ROWS, NUMBERS // self.length))
         if work is None:
             return
         some = slice(None, None, max(1, len(gallery) // SAMPLE))
         self.mean = self._given(gallery[some], lengths[some]).mean(0)
-        padded = -(-len(gallery) // BLOCK) * BLOCK
+        padded = -(-len(gallery) // block) * block
         self.centred = gallery.new_empty(padded, gallery.shape[1], dtype=work)
         self.centred[len(gallery) :] = 0
         norms, along = self._centre(gallery, lengths, self.centred[: len(gallery)])
@@ -104,7 +111,7 @@ class _Search:
             return value, places, torch.ones_like(lengths, dtype=torch.bool)
         centred = q.new_empty(q.shape, dtype=self.work)
         norms, along = self._centre(q, lengths, centred)
-        factors = FACTORS[torch.get_float32_matmul_precision()] * (self.work == torch.float32)
+        factors = _factors() if self.work == torch.float32 else 0.0
         bound = (q.shape[1] + 8) * torch.finfo(self.work).eps / 2 + 2 * factors
         pick = self._pick_compiled if self.compiled else self._pick
         places, reach = pick(centred, (norms * bound).to(self.work))
@@ -155,7 +162,7 @@ class _Search:
             torch.mm(q, g.T, out=tile)
             norms, bias = self.norms[j : j + COLUMNS], self.bias[j : j + COLUMNS]
             terms = [t.numpy() for t in (tile, slack, norms, bias)]
-            hits = np.empty((len(q), len(g) // BLOCK), np.int32)
+            hits = np.empty((len(q), len(g) // compiled.BLOCK), np.int32)
             compiled.test(*terms, bounds.numpy(), hits)
             compiled.collect(*terms, hits, j, self.keep, *lists)
         compiled.finish(self.keep, *lists)
@@ -194,6 +201,18 @@ class _Search:
             value.sqrt_()
         value, order = value.sort(dim=1, descending=self.cosine, stable=True)
         return value[:, : self.n], places.gather(1, order[:, : self.n])
+
+
+def _factors() -> float:
+    """The r that the settings of today's torch allow, the widest of them, whichever would win."""
+    try:
+        names = [torch.get_float32_matmul_precision()]
+    except RuntimeError:  # what the backends were told has no name there
+        return WIDEST
+    mkldnn, cuda = getattr(torch.backends, "mkldnn", None), torch.backends.cuda.matmul
+    for where in (torch.backends, mkldnn, getattr(mkldnn, "matmul", None), cuda):
+        names.append(getattr(where, "fp32_precision", "none"))
+    return max(FACTORS.get(name, WIDEST) for name in names)
 
 
 def _lengths(x: Tensor) -> Tensor:

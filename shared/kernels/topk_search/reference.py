@@ -1,4 +1,7 @@
-"""The meaning of `topk_search`, readable: every score in float64, a stable sort. [Q, G, D]."""
+"""The meaning of `topk_search`, readable: every score in float64, a stable sort. [Q, G, D].
+
+On devices other than the CPU and CUDA, of which some have no float64, in the type of the rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from torch import Tensor
 
 
 def topk_search(queries: Tensor, gallery: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
-    q, g = queries.double(), gallery.double()
+    work = torch.float64 if queries.device.type in ("cpu", "cuda") else queries.dtype
+    q, g = queries.to(work), gallery.to(work)
     if cosine:
         scores = (_unit(q)[:, None] * _unit(g)).sum(-1)
     else:
@@ -21,4 +25,4 @@ def topk_search(queries: Tensor, gallery: Tensor, k: int, cosine: bool) -> tuple
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=torch.finfo(torch.float64).tiny)
+    return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)

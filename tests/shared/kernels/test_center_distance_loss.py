@@ -137,14 +137,31 @@ def test_teacher_and_centres_receive_no_gradient() -> None:
     assert given[0].grad is not None and given[1].grad is None and given[2].grad is None
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 @pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_inf_give_nan(which: int, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("near", [False, True])
+def test_nan_and_inf_give_nan(backend: str, which: int, bad: float, near: bool) -> None:
+    """The loss, and the gradients of the rows that meet it and of no others."""
     given = list(inputs(6, 7, 3, dtype=torch.float32))
+    if near:  # pairs that cpu.py does from the differences of their rows
+        given[0][:] = given[2][:6] + 1e-3
+        given[1][:] = given[2][:6] + 2e-3
     given[which][2, 1] = bad
-    loss, gradient = value_and_gradient(*given)
+    loss, gradient = value_and_gradient(*given, backend=backend)
     assert loss.isnan()
-    assert gradient.isnan().any() and gradient[2].isnan().any()
+    assert gradient.isnan().any(1).tolist() == [which == 2 or i == 2 for i in range(6)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_inf_gives_nan_with_a_single_centre(backend: str, which: int) -> None:
+    given = list(inputs(3, 1, 4, dtype=torch.float32))
+    given[0][1] = given[2][0] + 1e-3
+    given[which][1, 2] = math.inf
+    loss, gradient = value_and_gradient(*given, backend=backend)
+    assert loss.isnan()
+    assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
 def test_same_bits_twice_and_all_written(poisoned: None) -> None:
@@ -186,6 +203,29 @@ def test_small_batches_go_by_the_reference_unless_told() -> None:
     given = inputs(4, 5, 3, dtype=torch.float32)
     found = [center_distance_loss(*given, backend=b) for b in ("auto", "reference")]
     assert torch.equal(*found)
+
+
+def test_a_device_that_may_lack_float64_is_given_none() -> None:
+    """The meta device stands for it: no tensor of the loss or its gradient is float64 there."""
+    student, teacher, centers = (x.to("meta") for x in inputs(4, 5, 3, dtype=torch.float32))
+    with Types() as types:
+        center_distance_loss(student.requires_grad_(), teacher, centers).backward()
+    assert types.seen == {torch.float32}
+
+
+class Types(TorchDispatchMode):
+    """The floating-point types of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and x.dtype.is_floating_point:
+                self.seen.add(x.dtype)
+        return out
 
 
 def test_wrong_input_is_named_in_one_line() -> None:

@@ -175,6 +175,19 @@ def test_memory_is_the_result_and_a_bounded_chunk(way: str, monkeypatch) -> None
     assert largest.numbers <= max(b * k, m * d)  # the results; [B, K, D] would be 24 times that
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bank_is_copied_only_where_its_type_is_another(dtype: torch.dtype, way: str) -> None:
+    """As the docstring says: what is kept for the backward pass is the bank, or its float32."""
+    query, bank, index = inputs(3, 7, 5, 4, dtype=dtype)
+    kept = []
+    pack = lambda x: kept.append(x) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        nce_scores(query.requires_grad_(), bank, index, backend="cpu")
+    (rows,) = (x for x in kept if x.shape == bank.shape)
+    assert rows.dtype == torch.float32
+    assert (rows.data_ptr() == bank.data_ptr()) == (dtype == torch.float32)
+
+
 def test_same_bits_twice_and_all_written(way: str, poisoned: None) -> None:
     query, bank, index = inputs(7, 33, 12, 19, dtype=torch.float32)
     leaves = query.requires_grad_(), bank.requires_grad_()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ast
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.kernels.topk_search import cpu, topk_search
+from shared.kernels.topk_search import cpu, reference, topk_search
 
 METRICS = ["cosine", "euclidean"]
 metrics = pytest.mark.parametrize("metric", METRICS)
@@ -164,6 +167,42 @@ def test_a_lower_precision_of_products_changes_nothing(metric: str, precision: s
         assert torch.equal(a, b)
 
 
+@pytest.fixture
+def settings_of_products():
+    """torch.backends, whose fp32_precision is put back where it was, and its mkldnn.matmul's."""
+    where = [torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    if not all(hasattr(x, "fp32_precision") for x in where):
+        pytest.skip("this torch has only set_float32_matmul_precision")
+    before = [x.fp32_precision for x in where]
+    yield where
+    for x, name in zip(where, before, strict=True):
+        x.fp32_precision = name
+
+
+@metrics
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ["ieee", "tf32", "bf16"])
+def test_backends_precision_changes_nothing(metric, which, name, path, settings_of_products):
+    """The newer settings, of which the older knows nothing or makes a RuntimeError."""
+    queries, gallery = features(20, 64), features(700, 64, seed=1)
+    expected = topk_search(queries, gallery, 10, metric=metric, backend="cpu")
+    settings_of_products[which].fp32_precision = name
+    found = topk_search(queries, gallery, 10, metric=metric, backend="cpu")
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_the_bound_follows_the_backends_precision(which, settings_of_products, monkeypatch):
+    """Also where the older setting still answers, and says that nothing is rounded."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    for name, rounding in (("ieee", 0.0), ("tf32", 2.0**-10)):
+        settings_of_products[which].fp32_precision = name
+        assert cpu._factors() == rounding
+    settings_of_products[1].fp32_precision = "bf16"
+    assert cpu._factors() == 2.0**-8
+
+
 def test_products_that_are_off_by_their_bound_lose_no_neighbour(monkeypatch) -> None:
     """The proof in cpu.py, tried: products wrong by as much as it allows, in either direction."""
     monkeypatch.setattr(cpu, "NUMBA", False)
@@ -272,6 +311,63 @@ def test_compiles_as_one_graph_and_passes_opcheck() -> None:
     op = torch.ops.lowres.topk_search.default
     found = torch.library.opcheck(op, (queries, gallery, 2, True, "cpu"))
     assert set(found.values()) == {"SUCCESS"}
+
+
+def test_what_numba_keeps_on_disk_depends_on_no_number_of_another_file() -> None:
+    """Its cache is keyed on the kernel's file: a size changed elsewhere would go unseen."""
+    compiled = pytest.importorskip("shared.kernels.topk_search.compiled")
+    tree = ast.parse(Path(compiled.__file__).read_text())
+    assigned = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    numbers = {name for name, x in vars(compiled).items() if isinstance(x, int | float)}
+    assert "BLOCK" in numbers and numbers == assigned
+
+
+class Types(TorchDispatchMode):
+    """The floating-point types of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and x.dtype.is_floating_point:
+                self.seen.add(x.dtype)
+        return out
+
+
+@metrics
+def test_a_device_that_may_lack_float64_is_given_none(metric: str, monkeypatch) -> None:
+    """The meta device stands for it: "auto" takes the reference, in float32."""
+    queries, gallery = features(3, 4).to("meta"), features(9, 4).to("meta")
+    paths = []
+
+    def op(q: Tensor, g: Tensor, k: int, cosine: bool, path: str) -> tuple[Tensor, Tensor]:
+        paths.append(path)
+        return reference.topk_search(q, g, k, cosine)
+
+    monkeypatch.setattr(sys.modules["shared.kernels.topk_search"], "_topk_search", op)
+    with Types() as types:
+        topk_search(queries, gallery, 2, metric=metric)
+    assert paths == ["reference"] and types.seen == {torch.float32}
+
+
+@metrics
+def test_the_reference_in_float32_has_the_order_of_the_plain_sort(metric, monkeypatch) -> None:
+    """What a device without float64 computes, rows of zeros among them."""
+    queries, gallery = features(9, 5), features(70, 5, seed=1)
+    gallery[3] = 0
+    monkeypatch.setattr(Tensor, "device", property(lambda _: torch.device("mps")))
+    found = reference.topk_search(queries, gallery, 11, metric == "cosine")
+    monkeypatch.undo()
+    agrees(found, queries, gallery, 11, metric, rtol=1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
