@@ -60,8 +60,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "1 -> 2",
     ): "both orders of a pair are counted: there are none, or two and more",
     (
+        "shared.kernels.center_distance_loss.reference",
+        "error = error + 0 * error.detach()  # NaN where it is inf, in the gradient too",
+        "Add -> Sub",
+    ): "0 either way where it is finite, NaN either way where it is not",
+    (
         "shared.kernels.topk_search.reference",
-        "return F.normalize(x, dim=-1, eps=torch.finfo(torch.float64).tiny)",
+        "return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)",
         "USub -> UAdd",
     ): "the last of two dimensions is dimension 1",
 }

@@ -161,6 +161,10 @@ def root(square):
 
 @triton.jit
 def store_both(out, i, j, stride, value):
-    """value [i, j] of a symmetric matrix, and its mirror image."""
-    tl.store(out + i.to(tl.int64) * stride + j, value)
-    tl.store(out + j.to(tl.int64) * stride + i, value)
+    """value [i, j] of a symmetric matrix, and its mirror image.
+
+    A tile on the diagonal holds both, which may differ in the last digit: the lower one counts.
+    """
+    lower = j <= i
+    tl.store(out + i.to(tl.int64) * stride + j, value, mask=lower)
+    tl.store(out + j.to(tl.int64) * stride + i, value, mask=lower)

@@ -11,5 +11,5 @@ def center_distance_loss(student: Tensor, teacher: Tensor, centers: Tensor) -> T
     d_t = torch.linalg.vector_norm(teacher[:, None] - centers, dim=-1)  # [B, C]
     d_s = torch.linalg.vector_norm(student[:, None] - centers, dim=-1)
     error = d_t - d_s
-    error = error + 0 * error.detach()  # NaN where it is inf: in the loss, and in its gradient
+    error = error + 0 * error.detach()  # NaN where it is inf, in the gradient too
     return error.square().sum()

@@ -2,7 +2,8 @@
 
 With r = relu(anchor_b - bank_k), key = r W + b, norm = |key|, score = <key, q> / norm, and with g
 the gradient of a score, p = g / norm, s = -g score / norm^2:
-    dkey = p q + s key;  dq = sum p key;  db = sum dkey;  dW = sum r' dkey;  dr = dkey W' where r > 0
+    dkey = p q + s key,  dq = sum p key,  db = sum dkey,  dW = sum r' dkey,
+    dr = dkey W' where r > 0
 Keys are kept for the backward pass of the first KEPT of the queries, and made again for the others;
 r is gathered again, which costs less than keeping it. Around the products, compiled.py reads and
 writes each number once; without numba, torch does the same in more passes.

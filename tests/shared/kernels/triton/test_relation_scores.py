@@ -15,55 +15,58 @@ def op():
 
 
 def inputs(make, b, k, m, d, e=5, dtype=torch.float32):
-    """anchor, bank, index, query, weight, bias, grad."""
-    anchor, bank, query = make(b, d, dtype=dtype), make(m, d, seed=1), make(b, e, seed=2)
+    """query, anchor, bank, index, weight, bias, and a gradient of the scores."""
     generator = torch.Generator().manual_seed(5)
-    index = torch.randint(m, (b, k), generator=generator).to(anchor.device)
+    given = make(b, e, seed=2), make(b, d), make(m, d, seed=1)
+    index = torch.randint(m, (b, k), generator=generator).to(given[0].device)
     rest = make(d, e, seed=3), make(e, seed=4), make(b, k, seed=6)
-    return anchor, bank.to(dtype), index, *(x.to(dtype) for x in (query, *rest))
+    query, anchor, bank, *rest = (x.to(dtype) for x in (*given, *rest))
+    return query, anchor, bank, index, *rest
 
 
-def merged(query, weight, bias):
-    """u, A, v, <b, q>, <b, b>: what the public function hands on."""
-    return query @ weight.T, weight @ weight.T, weight @ bias, query @ bias, bias @ bias
-
-
-def truth(anchor, bank, index, query, weight, bias, grad):
-    """Scores by the definition in float64, and gradients through u, A and v alone."""
-    anchor, bank, query, weight, bias, grad = (
-        x.double() for x in (anchor, bank, query, weight, bias, grad)
-    )
-    r = F.relu(anchor[:, None] - bank[index])
-    key = r @ weight + bias
+def truth(query, anchor, bank, index, weight, bias, grad):
+    """Scores and gradients by the definition under autograd, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (query, anchor, bank, weight, bias)]
+    query, anchor, bank, weight, bias = leaves
+    key = F.relu(anchor[:, None] - bank[index]) @ weight + bias
     scores = (F.normalize(key, dim=2) * query[:, None]).sum(2)
-    leaves = [x.requires_grad_() for x in (anchor, bank)]
-    u, a, v, bq, bb = (x.detach().requires_grad_() for x in merged(query, weight, bias))
-    r = F.relu(leaves[0][:, None] - leaves[1][index])
-    square = ((r @ a) * r).sum(2) + 2 * r @ v + bb
-    again = ((r * u[:, None]).sum(2) + bq[:, None]) / square.clamp(min=1e-24).sqrt()
-    torch.testing.assert_close(again.detach(), scores)
-    return scores, torch.autograd.grad((again * grad).sum(), (*leaves, u, a, v))
+    return scores.detach(), torch.autograd.grad((scores * grad.double()).sum(), leaves)
+
+
+def run(op, *given):
+    """(scores, gradients)."""
+    *inputs, grad = given
+    scores, norm, kept = op.forward(*inputs, True)
+    assert kept.shape == (0, inputs[3].shape[1], inputs[4].shape[1])
+    return scores, op.backward(grad, *inputs, scores, norm, kept)
 
 
 def check(op, given, bound):
-    anchor, bank, index, query, weight, bias, grad = given
-    u, a, v, bq, bb = merged(query, weight, bias)
-    scores, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
+    scores, found = run(op, *given)
     expected, gradients = truth(*given)
     assert error(scores, expected) < bound
-    found = op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept)
     for x, y in zip(found, gradients, strict=True):
         assert error(x, y) < bound
 
 
-@pytest.mark.parametrize("b, k, m, d", [
-    (1, 1, 1, 1), (2, 31, 5, 3), (1, 32, 15, 16), (2, 33, 16, 17), (3, 20, 17, 33), (1, 3, 40, 70),
+@pytest.mark.parametrize("b, k, m, d, e", [
+    (1, 1, 1, 1, 5), (2, 31, 5, 3, 5), (1, 32, 15, 16, 40), (3, 20, 17, 33, 5), (1, 3, 40, 70, 40),
 ])  # fmt: skip
-def test_matches_the_definition(op, make, b, k, m, d):
-    check(op, inputs(make, b, k, m, d), 3e-6)
+def test_matches_the_definition(op, make, b, k, m, d, e):
+    check(op, inputs(make, b, k, m, d, e), 3e-6)
 
 
-@pytest.mark.parametrize("chunk, parts", [(1, 1), (70, 3), (1 << 24, 64)])
+@pytest.mark.parametrize("b, k, m, d", [(1, 1, 1, 1), (2, 33, 16, 17)])
+def test_keys_of_one_column_score_the_query_or_its_negative(op, make, b, k, m, d):
+    given = inputs(make, b, k, m, d, 1)
+    scores, (d_query, *found) = run(op, *given)
+    expected, (wanted, *_) = truth(*given)
+    assert error(scores, expected) < 3e-6 and error(d_query, wanted) < 3e-6
+    for x in found:  # a length does not matter: what is left is the rounding of p q + s key
+        assert float(x.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("chunk, parts", [(1, 1), (70, 3), (150, 2), (1 << 24, 64)])
 def test_chunks_of_queries_and_parts_of_the_products(op, make, monkeypatch, chunk, parts):
     monkeypatch.setattr(op, "CHUNK", chunk)
     monkeypatch.setattr(op, "PARTS", parts)
@@ -74,78 +77,83 @@ def test_float64(op, make):
     check(op, inputs(make, 2, 33, 9, 18, dtype=torch.float64), 1e-12)
 
 
+def test_a_key_that_bias_and_product_cancel_keeps_its_digits(op, make):
+    query, anchor, bank, index, weight, _, grad = inputs(make, 1, 1, 1, 40, 8)
+    r = F.relu(anchor - bank)
+    bias = (r @ weight)[0] * (1e-3 - 1)
+    # A key of 1e-3 of its terms has 1e-4 left of float32's digits; |key|² by its terms has none.
+    check(op, (query, anchor, bank, index, weight, bias, grad), 1e-3)
+
+
 def test_rows_of_the_bank_that_no_entry_names(op, make):
-    anchor, bank, index, query, weight, bias, grad = inputs(make, 2, 6, 5, 8)
-    bank = torch.cat([bank, torch.full_like(bank[:1], torch.nan).expand(30, -1)])
-    u, a, v, bq, bb = merged(query, weight, bias)
-    _, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
-    found = op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept)
-    wanted = truth(anchor, bank[:5], index, query, weight, bias, grad)[1]
-    assert not found[1][5:].any()
-    for x, y in zip((found[0], found[1][:5], *found[2:]), wanted, strict=True):
+    query, anchor, bank, *rest = inputs(make, 2, 6, 5, 8)
+    more = torch.cat([bank, torch.full_like(bank[:1], torch.nan).expand(30, -1)])
+    _, found = run(op, query, anchor, more, *rest)
+    wanted = truth(query, anchor, bank, *rest)[1]
+    assert not found[2][5:].any()
+    for x, y in zip((*found[:2], found[2][:5], *found[3:]), wanted, strict=True):
         assert error(x, y) < 3e-6
 
 
 def test_a_relation_of_norm_zero_scores_zero(op, make):
-    anchor, bank, index, query, weight, bias, grad = inputs(make, 2, 6, 5, 8)
-    bank = bank.abs() + 10  # all relations are 0
-    u, a, v, bq, bb = merged(query, weight, 0 * bias)
-    scores, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
+    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 6, 5, 8)
+    given = query, anchor, bank.abs() + 10, index, weight, 0 * bias, grad  # all relations are 0
+    scores, found = run(op, *given)
     assert not scores.any()
-    for x in op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept):
-        assert not x.any()
+    for x, y in zip(found, truth(*given)[1], strict=True):
+        assert error(x, y) < 3e-6
 
 
 @pytest.mark.parametrize("b, k, m, d", [(0, 4, 5, 3), (4, 0, 5, 3), (2, 3, 5, 0)])
-def test_nothing_to_do(op, make, b, k, m, d):
-    anchor, bank, index, query, weight, bias, grad = inputs(make, b, k, m, d)
-    u, a, v, bq, bb = merged(query, weight, bias)
-    scores, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
-    assert scores.shape == (b, k) and scores.isfinite().all()
-    found = op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept)
-    for x, y in zip(found, (anchor, bank, u, a, v), strict=True):
-        assert x.shape == y.shape and not x.any()
+def test_nothing_to_gather(op, make, b, k, m, d):
+    check(op, inputs(make, b, k, m, d), 3e-6)
+
+
+def test_keys_without_columns_score_zero(op, make):
+    check(op, inputs(make, 2, 3, 5, 4, 0), 3e-6)
 
 
 def test_an_index_out_of_range_scores_nan_and_is_not_followed(op, make):
-    anchor, bank, index, query, weight, bias, _ = inputs(make, 2, 3, 9, 8)
+    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 3, 9, 8)
     index = torch.tensor([[0, -1, 2], [9, 3, 1 << 40]], device=index.device)
-    scores = op.forward(anchor, bank, index, *merged(query, weight, bias), False)[0]
+    scores, found = run(op, query, anchor, bank, index, weight, bias, grad)
     assert scores.isnan().tolist() == [[False, True, False], [True, False, True]]
+    assert all(x.isfinite().all() for x in found)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", ["query", "anchor", "bank", "weight", "bias"])
 def test_nan_reaches_its_own_scores(op, make, which):
-    given = inputs(make, 3, 2, 5, 4)
-    given[which][0, 1] = torch.nan
-    index = torch.tensor([[0, 1], [1, 2], [3, 0]], device=given[2].device)
-    anchor, bank, _, query, weight, bias, grad = given
-    u, a, v, bq, bb = merged(query, weight, bias)
-    scores, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
-    named = [[True, True], [False, False], [False, False]]
-    assert scores.isnan().tolist() == (named if which == 0 else (index == 0).tolist())
-    found = op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept)
-    assert found[0].isnan().any(1)[0] and found[3].isnan().any() and not found[0][1].isnan().any()
+    names = ("query", "anchor", "bank", "index", "weight", "bias")
+    *given, grad = inputs(make, 3, 2, 5, 4)
+    given = dict(zip(names, given, strict=True))
+    given[which].view(-1)[1] = torch.nan
+    given["index"] = index = torch.tensor([[0, 1], [1, 2], [3, 0]], device=grad.device)
+    scores, found = run(op, *given.values(), grad)
+    first = [[True, True], [False, False], [False, False]]
+    own = {"query": first, "anchor": first, "bank": (index == 0).tolist()}
+    assert scores.isnan().tolist() == own.get(which, [[True, True]] * 3)
+    d_query, d_anchor, _, d_weight, d_bias = found
+    assert d_anchor[0].isnan().any() and d_weight.isnan().any() and d_bias.isnan().any()
+    if which in own:
+        assert not d_anchor[1].isnan().any() and not d_query[1].isnan().any()
+    if which != "query":
+        assert d_query[0].isnan().any()
 
 
 def test_strides_change_nothing(op, make):
-    anchor, bank, index, query, weight, bias, grad = inputs(make, 3, 6, 9, 8)
-    u, a, v, bq, bb = merged(query, weight, bias)
-    _, dot, norm, kept = plain = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
-    apart = [strided(x) for x in (anchor, bank, index, u, a)]
-    for x, y in zip(op.forward(*apart, v, bq, bb, True), plain, strict=True):
+    *given, grad = inputs(make, 3, 6, 9, 8)
+    scores, norm, kept = op.forward(*given, True)
+    apart = [*(strided(x) for x in given[:5]), torch.stack([given[5], given[5]], 1)[:, 0]]
+    for x, y in zip(op.forward(*apart, True), (scores, norm, kept), strict=True):
         assert torch.equal(x, y)
-    found = op.backward(strided(grad), *apart, v, strided(dot), strided(norm), kept)
-    wanted = op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept)
-    for x, y in zip(found, wanted, strict=True):
+    found = op.backward(strided(grad), *apart, strided(scores), strided(norm), kept)
+    for x, y in zip(found, op.backward(grad, *given, scores, norm, kept), strict=True):
         assert torch.equal(x, y)
 
 
 def test_same_bits_twice(op, make, device):
     b, k, m, d = (64, 513, 1000, 128) if device == "cuda" else (2, 40, 9, 20)
-    anchor, bank, index, query, weight, bias, grad = inputs(make, b, k, m, d)
-    u, a, v, bq, bb = merged(query, weight, bias)
-    _, dot, norm, kept = op.forward(anchor, bank, index, u, a, v, bq, bb, True)
-    twice = [op.backward(grad, anchor, bank, index, u, a, v, dot, norm, kept) for _ in "ab"]
-    for x, y in zip(*twice, strict=True):
+    given = inputs(make, b, k, m, d, 20)
+    (first, found), (second, again) = run(op, *given), run(op, *given)
+    for x, y in zip((first, *found), (second, *again), strict=True):
         assert torch.equal(x, y)
