@@ -63,7 +63,7 @@ def bench(session: nox.Session) -> None:
 def mutation(session: nox.Session) -> None:
     """Changes the equations one operator at a time: the tests have to notice. Some 10 minutes."""
     session.install("-e", ".[tests]")
-    session.run("python", "tests/mutation.py", env=ONE_THREAD)
+    session.run("python", "tests/mutation.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -74,7 +73,7 @@ SWEEPS: dict[str, tuple[str, tuple[int, ...], Callable[[int], dict[str, Run]]]] 
 
 
 def points(runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds, measured in turns, and peak bytes of each."""
+    """Least seconds, measured in turns, and peak bytes of each."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -82,7 +81,7 @@ def points(runs: dict[str, Run], rounds: int) -> dict[str, dict[str, float]]:
         for name, run in runs.items():
             times[name].append(seconds(run))
     return {
-        name: {"seconds": statistics.median(times[name]), "peak_bytes": peak_bytes(run)}
+        name: {"seconds": min(times[name]), "peak_bytes": peak_bytes(run)}
         for name, run in runs.items()
     }
 
@@ -119,7 +118,7 @@ def plot(sweeps: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(".benchmarks"), help="folder")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of a point")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of a point")
     arguments = parser.parse_args()
     one_thread()
     arguments.out.mkdir(parents=True, exist_ok=True)

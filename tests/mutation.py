@@ -1,4 +1,4 @@
-"""Do the tests notice when an equation is wrong? `nox -s mutation`, about ten minutes.
+"""Do the tests notice when an equation is wrong? `nox -s mutation [-- MODULE]`, ten minutes.
 
 Every operator, comparison, number and flag of the files in TARGETS is changed, one at a time, and
 the tests named there are run on the changed module in a process of their own. A change that no test
@@ -160,7 +160,8 @@ def main() -> int:
 
     torch.set_num_threads(1)
     tried, unexplained = 0, []
-    for module, tests in TARGETS.items():
+    for module in sys.argv[1:] or TARGETS:
+        tests = TARGETS[module]
         path = ROOT / (module.replace(".", "/") + ".py")
         source = path.read_text()
         if not survives(module, path, ast.unparse(ast.parse(source)), tests):

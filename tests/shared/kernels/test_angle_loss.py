@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared.kernels import angle_loss
 from shared.kernels.angle_loss import compiled, cpu
+from shared.kernels.reductions import pairs, triplets
 from tests.shared.kernels import oracles
 
 
@@ -43,6 +44,14 @@ def test_reductions_count_what_they_say() -> None:
     total = angle_loss(s, t, reduction="sum").item()
     assert angle_loss(s, t).item() == pytest.approx(total / (6 * math.comb(5, 2)))
     assert angle_loss(s, t, reduction="rkd").item() == pytest.approx(2 * total / 6**3)
+
+
+def test_factors_of_the_smallest_batches() -> None:
+    """Losses are 0 there, so that only the factors themselves can be looked at."""
+    assert [pairs("x", n, "mean") for n in (0, 1, 2, 3)] == [1, 1, 1, 1 / 3]
+    assert [pairs("x", n, "rkd") for n in (0, 1, 2)] == [2, 2, 1 / 2]
+    assert [triplets("x", n, "mean") for n in (0, 2, 3, 4)] == [1, 1, 1 / 3, 1 / 12]
+    assert [triplets("x", n, "rkd") for n in (0, 1, 2)] == [2, 2, 1 / 4]
 
 
 def test_rkd_equals_the_published_loss_and_gradient(cpu_path: str) -> None:
