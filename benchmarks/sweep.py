@@ -110,6 +110,9 @@ def plot(sweeps: dict, path: Path) -> None:
                 )
             axis.set(xscale="log", yscale="log", xlabel=sweep["axis"], ylabel=unit)
             axis.set_title(title if row == 0 else "", fontsize=10)
+            sizes = [int(x) for x in sweep["points"]]
+            axis.set_xticks(sizes, labels=[str(x) for x in sizes], fontsize=8)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0][column].legend(fontsize=8)
     figure.savefig(path, dpi=110)
