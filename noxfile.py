@@ -29,7 +29,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite without what is marked gpu: under 10 minutes on 2 cores."""
+    """The test suite without what is marked gpu: under 15 minutes on 2 cores."""
     session.install("-e", ".[tests]")
     session.run("pytest", "-m", "not gpu", *session.posargs, env=ENVIRONMENT)
 

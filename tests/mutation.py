@@ -60,6 +60,21 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "1 -> 2",
     ): "both orders of a pair are counted: there are none, or two and more",
     (
+        "crrcd.losses",
+        "cos_pos = (query * positive).sum(-1)",
+        "USub -> UAdd",
+    ): "the last of two dimensions is dimension 1",
+    (
+        "crrcd.losses",
+        "cos_neg = (negatives @ query[:, :, None]).squeeze(-1)",
+        "USub -> UAdd",
+    ): "[B, n, 1] has the same sum over n and mean over the rest",
+    (
+        "crrcd.losses",
+        "cos_neg = (negatives @ query[:, :, None]).squeeze(-1)",
+        "1 -> 2",
+    ): "[B, n, 1] has the same sum over n and mean over the rest",
+    (
         "shared.kernels.center_distance_loss.reference",
         "error = error + 0 * error.detach()  # NaN where it is inf, in the gradient too",
         "Add -> Sub",

@@ -47,6 +47,12 @@ def test_eq11_matches_plain_loop_in_value_and_gradient(tau: float, z: float) -> 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_without_a_normaliser_eq11_is_as_printed() -> None:
+    inputs = [unit(3, 4, seed=1), unit(3, 4, seed=2), unit(3, 5, 4, seed=3)]
+    expected = rcd_as_a_loop(*inputs, tau=0.5, m=200, z=1.0)
+    assert L_rcd(*inputs, tau=0.5, m=200).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
 def test_eq10_matches_the_printed_ratio() -> None:
     for cosine in (-1.0, -0.3, 0.0, 0.8, 1.0):
         e = math.exp(cosine / 0.1)
