@@ -1,7 +1,8 @@
 """The gates: which kernel against which baseline, at which size, and the bar it has to clear.
 
-A bar is what the kernel promises. bounds.json holds what is enforced besides: 0.6 of the ratio last
-measured by `nox -s bench -- --update`, so that a slow-down shows long before the bar is reached.
+A bar is what the kernel promises. bounds.json holds what is enforced besides: `slack` of the ratio
+last measured by `nox -s bench -- --update`, so that a slow-down shows long before the bar is
+reached.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Case:
     speed: float  # bar: times the baseline's speed
     memory: float | None = None  # bar: share of the baseline's peak
     rounds: int = 5
+    slack: float = 0.6  # of the measured ratio is the bound: two runs on a shared machine differ
 
     @property
     def name(self) -> str:
@@ -149,6 +151,7 @@ CASES = [
     Case(
         "distance_loss", "N=128 D=512", "naive",
         lambda: distance(128, 512, baselines.naive_distance), 10.0, memory=0.05,
+        slack=0.25,  # most of naive's time is fresh memory: 20 to 68 times ours, seen
     ),
     Case(
         "triplet_angles", "N=128 D=512", "naive", lambda: angles(128, 512), 10.0, memory=0.5

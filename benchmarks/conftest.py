@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cases import CASES
 from benchmarks.measure import one_thread
 
 BOUNDS = Path(__file__).parent / "bounds.json"
-SLACK = 0.6  # of a measured ratio: two runs on a shared machine differ by less
+SLACK = 0.6  # of a measured ratio, where a case does not say otherwise
 ROOM = 1.1  # times a measured share of memory
 
 measured: dict[str, dict[str, float]] = {}
@@ -45,9 +46,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config: pytest.Config)
     if not measured:
         return
     old = json.loads(BOUNDS.read_text())
+    slack = {case.name: case.slack for case in CASES}
     new = {
         name: {
-            what: round(value * (ROOM if what == "memory" else SLACK), 4)
+            what: round(value * (ROOM if what == "memory" else slack.get(name, SLACK)), 4)
             for what, value in values.items()
         }
         for name, values in measured.items()
