@@ -146,7 +146,7 @@ CASES = [
     *_angle_cases(),
     Case(
         "distance_loss", "N=16 D=64", "naive",
-        lambda: distance(16, 64, baselines.naive_distance), 0.8, rounds=50,
+        lambda: distance(16, 64, baselines.naive_distance), 1.0, rounds=50,
     ),
     Case(
         "distance_loss", "N=128 D=512", "naive",

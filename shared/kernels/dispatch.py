@@ -31,17 +31,20 @@ def choose(
     """The path that `backend` means for these tensors; a path named is taken or refused.
 
     "auto": "cpu" for CPU tensors, but "reference" for those so small that the call itself is what
-    costs; "triton" for CUDA tensors where triton is installed; else "reference". Raises ValueError
-    where a path does not exist or cannot take the tensors.
+    costs; for CUDA tensors "triton" where it is installed, and for an op without one "cpu", whose
+    torch code serves both; else "reference". Raises ValueError where a path does not exist or
+    cannot take the tensors.
     """
     device = tensors[0].device.type
     if any(t.device != tensors[0].device for t in tensors):
         where = ", ".join(str(t.device) for t in tensors)
         raise ValueError(f"{op}: tensors lie on different devices ({where}); move them to one")
     if backend == "auto":
-        path = {"cpu": "cpu", "cuda": "triton"}.get(device, "reference")
-        usable = path in paths and (TRITON if path == "triton" else not small)
-        return path if usable else "reference"
+        if device == "cpu":
+            return "reference" if small else "cpu"
+        if device == "cuda" and "triton" not in paths:
+            return "cpu"  # plain torch there
+        return "triton" if device == "cuda" and TRITON else "reference"
     if backend not in paths:
         raise ValueError(f"{op}: no backend {backend!r}; there are: auto, {', '.join(paths)}")
     if backend == "cpu" and device != "cpu":

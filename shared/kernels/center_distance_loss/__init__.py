@@ -49,8 +49,6 @@ def center_distance_loss(
     numbers = student.numel() * len(centers)
     paths, small = ("reference", "cpu"), numbers <= SMALL
     path = dispatch.choose(OP, backend, student, teacher, centers, paths=paths, small=small)
-    if backend == "auto" and student.device.type == "cuda":
-        path = "cpu"
     (s, t, u), dtype = dispatch.common(OP, student, teacher.detach(), centers.detach())
     if path == "reference":
         with dispatch.without_autocast(s):
@@ -66,8 +64,7 @@ def _compute(
     student: Tensor, teacher: Tensor, centers: Tensor, wants: bool
 ) -> tuple[Tensor, Tensor]:
     """(sum over rows and centres, its gradient [B, D]; empty unless `wants`)."""
-    with dispatch.without_autocast(student):
-        return dispatch.module(OP, "cpu").center_distance_loss(student, teacher, centers, wants)
+    return dispatch.module(OP, "cpu").center_distance_loss(student, teacher, centers, wants)
 
 
 _center_distance_loss = torch.library.custom_op(

@@ -58,8 +58,6 @@ def topk_search(
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"{OP}: no metric {metric!r}; there are: cosine, euclidean")
     path = dispatch.choose(OP, backend, queries, gallery, paths=("reference", "cpu"))
-    if backend == "auto" and queries.device.type == "cuda":
-        path = "cpu"
     with torch.no_grad():
         (q, g), dtype = dispatch.common(OP, queries.detach(), gallery.detach())
         scores, indices = _topk_search(q, g, k, metric == "cosine", path)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,12 +117,7 @@ def test_any_layout_gives_the_same(name: str) -> None:
     case = CASES[name]
     tensors = case.tensors(torch.float32)
     expected = value_and_gradients(case, tensors, "cpu")
-    strided = [
-        torch.stack([x, x + 1], -1).transpose(0, 1).transpose(0, 1)[..., 0]
-        if x.ndim > 1
-        else torch.stack([x, x + 1], -1)[..., 0]
-        for x in tensors
-    ]
+    strided = [torch.stack([x, x + 1], -1)[..., 0] for x in tensors]
     assert not strided[0].is_contiguous()
     for a, b in zip(value_and_gradients(case, strided, "cpu"), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -248,6 +244,20 @@ def test_cpu_backend_refuses_tensors_elsewhere() -> None:
         kernels.pairwise_distance(x, backend="cpu")
     with pytest.raises(ValueError, match="different devices"):
         kernels.angle_loss(x, torch.zeros(4, 3))
+
+
+def test_auto_goes_by_device_and_by_what_an_op_has(monkeypatch) -> None:
+    def chosen(device: str, **kwargs) -> str:
+        return dispatch.choose("op", "auto", SimpleNamespace(device=torch.device(device)), **kwargs)
+
+    without = {"paths": ("reference", "cpu")}
+    for triton in (True, False):
+        monkeypatch.setattr(dispatch, "TRITON", triton)
+        assert chosen("cpu") == chosen("cpu", **without) == "cpu"
+        assert chosen("cpu", small=True) == chosen("meta") == "reference"
+        assert chosen("mps", **without) == "reference"
+        assert chosen("cuda") == chosen("cuda", small=True) == ("triton" if triton else "reference")
+        assert chosen("cuda", **without) == chosen("cuda", small=True, **without) == "cpu"
 
 
 def test_triton_missing_is_said_and_auto_goes_on(monkeypatch) -> None:
