@@ -29,9 +29,16 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite without what is marked gpu: under 15 minutes on 2 cores."""
+    """The test suite without what is marked gpu or slow: under 15 minutes on 2 cores."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "-m", "not gpu", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "-m", "not gpu and not slow", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests marked slow: readers under thousands of damaged files, large searches."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "-m", "slow", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

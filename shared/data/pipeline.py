@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from shared.config import Data
+from shared.data.items import Items, fit
 from shared.degrade import low, to_float, to_uint8
 
 LR_TABLE_BYTES = 1 << 30  # every LR view is kept when all of them fit into this
@@ -96,6 +99,52 @@ class Streaming:
             rows = torch.arange(len(index))
             rows[bad] = torch.tensor(good[:1]).expand(len(bad))
             yield index[rows], torch.stack([images[k] for k in rows.tolist()])
+
+
+def prepared(
+    items: Items, data: Data, size: int, *, whole: bool = False, on_error: str = "stop"
+) -> tuple[Images, list[str]]:
+    """Items as images of `size` px (shared.data.items.fit), and the names of those left out.
+
+    In memory where they fit into `data.resident_gib`, decoded by `data.workers` threads; else
+    decoded by as many processes when they are asked for. on_error "skip" leaves out what cannot
+    be decoded (streaming: see Streaming); "stop" raises its ValueError.
+    """
+    decode = functools.partial(_fitted, items, size, whole)
+    labels = torch.as_tensor(items.labels)
+    if len(items) * 3 * size * size > data.resident_gib * 2**30:
+        return Streaming(decode, labels, workers=data.workers, on_error=on_error), []
+    pixels = torch.empty((len(items), 3, size, size), dtype=torch.uint8)
+
+    def place(number: int) -> str:
+        try:
+            pixels[number] = decode(number)
+            return ""
+        except ValueError:
+            if on_error == "stop":
+                raise
+            return items.name(number)
+
+    with ThreadPoolExecutor(max(1, data.workers)) as pool:
+        todo = pool.map(place, range(len(items)))
+        try:
+            failed = list(
+                tqdm(todo, "decoding", len(items), leave=False, disable=None, unit="image")
+            )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    skipped = [name for name in failed if name]
+    if len(skipped) == len(items):
+        raise ValueError(f"{items.name(0)}: none of {len(items)} images can be decoded")
+    if skipped:
+        kept = torch.tensor([not name for name in failed])
+        pixels, labels = pixels[kept], labels[kept]
+    return Resident(pixels, labels), skipped
+
+
+def _fitted(items: Items, size: int, whole: bool, number: int) -> Tensor:
+    return fit(items.image(number), size, whole=whole)
 
 
 class _Decoded(torch.utils.data.Dataset):
