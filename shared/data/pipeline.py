@@ -24,6 +24,7 @@ from shared.config import Data
 from shared.data.items import Items, fit
 from shared.degrade import low, to_float, to_uint8
 
+PART = 64  # images that a decoding thread takes at a time
 LR_TABLE_BYTES = 1 << 30  # every LR view is kept when all of them fit into this
 
 
@@ -116,21 +117,26 @@ def prepared(
         return Streaming(decode, labels, workers=data.workers, on_error=on_error), []
     pixels = torch.empty((len(items), 3, size, size), dtype=torch.uint8)
 
-    def place(number: int) -> str:
-        try:
-            pixels[number] = decode(number)
-            return ""
-        except ValueError:
-            if on_error == "stop":
-                raise
-            return items.name(number)
+    def place(numbers: range) -> list[str]:
+        failed = []
+        for number in numbers:
+            try:
+                pixels[number] = decode(number)
+                failed.append("")
+            except ValueError:
+                if on_error == "stop":
+                    raise
+                failed.append(items.name(number))
+        return failed
 
-    with ThreadPoolExecutor(max(1, data.workers)) as pool:
-        todo = pool.map(place, range(len(items)))
+    failed: list[str] = []
+    parts = [range(k, min(k + PART, len(items))) for k in range(0, len(items), PART)]
+    bar = tqdm(desc="decoding", total=len(items), leave=False, disable=None, unit="image")
+    with ThreadPoolExecutor(max(1, data.workers)) as pool, bar:
         try:
-            failed = list(
-                tqdm(todo, "decoding", len(items), leave=False, disable=None, unit="image")
-            )
+            for part in pool.map(place, parts):
+                failed += part
+                bar.update(len(part))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

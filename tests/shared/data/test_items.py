@@ -62,11 +62,22 @@ def test_a_missing_file_and_an_absurd_size_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="gone.png: not a readable image .No such file"):
         decode(tmp_path / "gone.png")
     header = bytearray(encoded(picture(), "BMP"))
-    header[18:26] = (12_000).to_bytes(4, "little") * 2  # says 12,000 x 12,000
-    with pytest.raises(ValueError, match="bomb.bmp: .*12000 x 12000 pixels"):
+    header[18:26] = (9_000).to_bytes(4, "little") * 2  # says 9,000 x 9,000
+    with pytest.raises(ValueError, match="bomb.bmp: .*9000 x 9000 pixels"):
         decode(bytes(header), "bomb.bmp")
     with pytest.raises(ValueError, match="no known format"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "x.eps")
+
+
+def test_stray_bytes_between_markers_are_no_damage_and_a_corrupt_scan_is() -> None:
+    data = encoded(picture(), "JPEG")
+    stray = data[:-2] + b"\x12\x34\x56" + data[-2:]  # before the end marker
+    assert np.array_equal(decode(stray, "x"), decode(data, "x"))
+    tables = bytearray(data)
+    at = tables.index(b"\xff\xc4") + 5  # counts of codes by length: more than there can be
+    tables[at : at + 16] = b"\xff" * 16
+    with pytest.raises(ValueError, match="^x: not a readable image"):
+        decode(bytes(tables), "x")
 
 
 @pytest.mark.parametrize("height,width", [(20, 30), (30, 20), (16, 16), (17, 16), (5, 9)])
@@ -126,5 +137,10 @@ def test_wrong_counts_are_listed_and_can_be_accepted(tmp_path) -> None:
     check_counts("CUB", tmp_path, published, published, "published")
 
 
-def test_more_pixels_than_any_photograph_are_the_limit() -> None:
-    assert 10**8 < items.MOST_PIXELS < 2**28
+def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    data = bytearray(encoded(picture(), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff" * 2  # 65,535 x 65,535: 12 GiB decoded
+    with pytest.raises(ValueError, match="x.jpg: .*pixels"):
+        decode(bytes(data), "x.jpg")
+    assert 65535**2 > items.MOST_PIXELS > 8000 * 6000
