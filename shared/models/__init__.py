@@ -9,20 +9,42 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.models import cifar, embedding
+from shared.models import cifar, embedding, imagenet, iresnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {**cifar.MODELS, **embedding.MODELS}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **cifar.MODELS,
+    **embedding.MODELS,
+    **iresnet.MODELS,
+    **imagenet.MODELS,
+}
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
     """The network called `name`, freshly initialised.
 
-    kwargs go to its constructor: `classes` (default 100) for the CIFAR family, `size` and `dim`
-    for the small embedding networks. Raises ValueError for an unknown name.
+    kwargs go to its constructor: `classes` (default 100) for the CIFAR family; `size` and `dim`
+    for the small embedding networks; those, `input` and `dropout` for the face networks; `dim` for
+    the retrieval networks and, for their ResNets, `weights`. "timm:NAME" is timm's model of that
+    name, with `classes` and what timm.create_model takes.
+    Raises ValueError for an unknown name.
     """
+    if name.startswith("timm:"):
+        return imagenet.TimmNetwork(name.removeprefix("timm:"), **kwargs)
     if name not in MODELS:
         raise ValueError(_unknown(name))
     return MODELS[name](**kwargs)
+
+
+def build(name: str, *, size: int, classes: int) -> nn.Module:
+    """`create` for images of size x size and `classes` classes: each family takes what it needs.
+
+    The network's own `classes` is None where it has no classifier.
+    """
+    if name in cifar.MODELS or name.startswith("timm:"):
+        return create(name, classes=classes)
+    if name in imagenet.MODELS:
+        return create(name)
+    return create(name, size=size)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -50,4 +72,4 @@ def _unknown(name: str) -> str:
     plain = {known.lower(): known for known in MODELS}
     near = difflib.get_close_matches(name.lower().replace("_", "-"), plain, n=3)
     hint = f"; did you mean {' or '.join(plain[match] for match in near)}?" if near else ""
-    return f"unknown model {name!r}{hint} Known models: {', '.join(MODELS)}"
+    return f"unknown model {name!r}{hint} Known models: {', '.join(MODELS)}, timm:..."
