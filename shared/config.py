@@ -22,10 +22,14 @@ SCHEMA = 1  # raised whenever an older config.json or checkpoint can no longer b
 class Data:
     """The data set, its two resolutions and its training views."""
 
-    name: Literal["faces", "cifar10", "cifar100", "svhn", "digits", "folder"] = "faces"
-    """faces: procedural, no download. digits: scikit-learn's. folder: ROOT/train/<class>/*."""
+    name: Literal[
+        "faces", "digits", "folder", "cifar10", "cifar100", "svhn", "stl10", "tinyimagenet",
+        "recordio", "casia", "vggface2", "umdfaces", "tinyface", "survface",
+        "cub", "cars196", "sop",
+    ] = "faces"  # fmt: skip
+    """faces: procedural, no download. digits: scikit-learn's. Others: see docs/data.md."""
     root: str = ""
-    """Folder of the data; empty: a download into the cache (cifar10, cifar100, svhn)."""
+    """Folder of the data (docs/data.md); empty: a download (cifar10, cifar100, svhn, stl10)."""
     hr: int = 64
     """Side of the teacher's input in px."""
     lr: int = 16
@@ -34,6 +38,9 @@ class Data:
     """Down-sampling kernel, HR to LR."""
     antialias: bool = True
     """Widen the kernel by the scale; in PyTorch it also changes bicubic's coefficient."""
+    degradation: Literal["plain", "realistic"] = "plain"
+    """Of training views. realistic: blur, then the kernel, noise and JPEG, of strengths drawn anew
+    for each image and epoch."""
     flip: bool = True
     """Mirror half of the training views; HR and LR alike."""
     shift: int = 4
@@ -48,6 +55,18 @@ class Data:
     """Per RGB channel, of values in [0, 1]."""
     classes: int = 0
     """How many classes there must be; 0: as many as are found."""
+    counts: Literal["published", "any"] = "published"
+    """published: a data set must be complete. any: what is there is taken."""
+    test_sets: tuple[str, ...] = ()
+    """Training faces: what to score on, such as lfw=FOLDER or agedb=FILE.bin."""
+    landmarks: str = ""
+    """CSV of five points a face (path,x1,y1,...,x5,y5): faces are aligned to ArcFace's template."""
+    no_landmarks: Literal["error", "centre-crop", "drop"] = "error"
+    """A face that the CSV lacks; counted and reported."""
+    any_alignment: bool = False
+    """Score faces also where they are cut out otherwise than the training ones."""
+    margin: float = 0.2
+    """Of sets with face boxes: what is added on each side, as a share of the box."""
     on_error: Literal["stop", "skip"] = "stop"
     """An image that cannot be decoded: stop and name it, or count it and go on."""
     resident_gib: float = 4.0
@@ -61,7 +80,8 @@ class Data:
     instances: int = 12
     """faces: training images of each identity."""
     development: int = 300
-    """faces: identities for choosing hyper-parameters and the best epoch, disjoint from test."""
+    """Identities (cub, ...: classes) for choosing hyper-parameters and the best epoch; disjoint
+    from the training and the test ones. 0: the test set chooses."""
     test: int = 1000
     """faces: test identities, disjoint from all others."""
     coarse: float = 0.6
@@ -71,7 +91,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _at_least(1, "data", self, "hr", "lr", "shift_step", "identities", "instances")
-        _at_least(0, "data", self, "shift", "classes", "workers", "resident_gib")
+        _at_least(0, "data", self, "shift", "classes", "workers", "resident_gib", "margin")
         if min(self.std) <= 0:
             raise ValueError(f"--data.std {self.std}: every deviation must be above 0")
 
@@ -114,12 +134,14 @@ class Network:
 
     name: str = "small-student"
     """A name of shared.models.create."""
-    head: Literal["softmax", "arcface", "cosface"] = "cosface"
+    head: Literal["softmax", "arcface", "cosface", "curricularface", "magface", "adaface"] = (
+        "cosface"
+    )
     """softmax: the backbone's own classifier and cross-entropy."""
     scale: float = 16.0
     """s of the margin heads."""
     margin: float = 0.2
-    """m of the margin heads (arcface: radians)."""
+    """m of the margin heads (cosface: of the cosine; others: radians; magface: the smallest)."""
 
 
 @dataclass(frozen=True)

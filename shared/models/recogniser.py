@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from shared.config import Data, Network
 from shared.data.pipeline import normalise
-from shared.data.sets import Task
+from shared.data.protocols import Task
 from shared.degrade import low, to_uint8
-from shared.models import checkpoints, create, heads
+from shared.models import build, checkpoints, heads
+
+HEADS: dict[str, Callable[..., heads.CosineHead]] = {
+    "arcface": heads.ArcFace,
+    "cosface": heads.CosFace,
+    "curricularface": heads.CurricularFace,
+    "magface": heads.MagFace,
+    "adaface": heads.AdaFace,
+}
 
 
 class Recogniser(nn.Module):
@@ -26,24 +34,26 @@ class Recogniser(nn.Module):
 
     def __init__(self, network: Network, size: int, classes: int) -> None:
         super().__init__()
-        small = network.name.startswith("small-")
-        kwargs: dict[str, Any] = {"size": size} if small else {"classes": classes}
-        self.backbone = create(network.name, **kwargs)
+        self.backbone = build(network.name, size=size, classes=classes)
         self.classes = classes
         self.head: nn.Module | None = None
-        if network.head == "softmax":
-            if small:
-                raise ValueError(
-                    f"{network.name} has no classifier of its own: give it --student.head or "
-                    "--teacher.head arcface or cosface"
-                )
-        else:
-            head = heads.ArcFace if network.head == "arcface" else heads.CosFace
+        if network.head != "softmax":
+            head = HEADS[network.head]
             self.head = head(self.dim, classes, scale=network.scale, margin=network.margin)
+        elif self.backbone.classes is None:
+            raise ValueError(
+                f"{network.name} has no classifier of its own: give it a --student.head or "
+                f"--teacher.head ({', '.join(HEADS)})"
+            )
 
     @property
     def dim(self) -> int:
         return int(self.backbone.dim)  # type: ignore[arg-type]
+
+    @property
+    def penalty(self) -> Tensor | float:
+        """The head's regulariser of its last call (MagFace), to be added to the loss; else 0."""
+        return 0.0 if self.head is None else self.head.penalty  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embedding [B, D]."""
@@ -61,12 +71,16 @@ class Student(nn.Module):
     """A trained student as it goes on a camera: LR images at native size in, one tensor out.
 
     forward(x): x [B, 3, lr, lr], uint8 or float in [0, 1]. Faces: embedding [B, D], to be
-    compared by cosine. Objects: logits [B, classes].
+    compared by cosine. Objects: logits [B, classes]. alignment: how its faces must be cut out
+    ("arcface", "box+0.2", "whole"); empty where that is not known or there is nothing to cut.
     """
 
-    def __init__(self, recogniser: Recogniser, data: Data, task: Task) -> None:
+    def __init__(
+        self, recogniser: Recogniser, data: Data, task: Task, alignment: str = ""
+    ) -> None:
         super().__init__()
         self.recogniser, self.data, self.task = recogniser, data, task
+        self.alignment = alignment
         self.classes = recogniser.classes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +134,8 @@ def load_trained(
     metadata = read_metadata(path)
     recogniser = Recogniser(network, data.lr, int(metadata["classes"]))
     restore(recogniser, path)
-    return Student(recogniser.eval(), data, cast(Task, metadata["task"]))
+    task, alignment = cast(Task, metadata["task"]), metadata.get("alignment", "")
+    return Student(recogniser.eval(), data, task, alignment)
 
 
 @torch.no_grad()

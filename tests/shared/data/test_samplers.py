@@ -1,0 +1,165 @@
+"""P x K batches, counted class by class and image by image."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.data.samplers import PKSampler
+
+
+@st.composite
+def samplers(draw):
+    """(labels, P, K) of which at least one batch can be made."""
+    counts = draw(st.lists(st.integers(1, 12), min_size=2, max_size=20))
+    p = draw(st.integers(1, len(counts)))
+    k = draw(st.integers(1, 5))
+    counts[0] += max(0, p * k - sum(counts))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return np.random.default_rng(draw(st.integers(0, 99))).permutation(labels), p, k
+
+
+def batches(labels, p, k, epoch, **kwargs):
+    sampler = PKSampler(labels, p, k, seed=kwargs.pop("seed", 3), **kwargs)
+    return [b.tolist() for b in sampler.epoch(epoch)]
+
+
+@given(samplers(), st.integers(0, 5))
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_every_batch_is_p_distinct_classes_of_k_images(case, epoch):
+    labels, p, k = case
+    found = batches(labels, p, k, epoch)
+    assert len(found) == len(labels) // (p * k)
+    sizes = Counter(labels.tolist())
+    for batch in found:
+        groups = [batch[g * k : (g + 1) * k] for g in range(p)]
+        classes = [{int(labels[i]) for i in group} for group in groups]
+        assert all(len(c) == 1 for c in classes) and len(set.union(*classes)) == p
+        for group, (c,) in zip(groups, classes, strict=True):
+            times = Counter(group).values()  # repeated only where the class is too small
+            assert len(times) == min(k, sizes[c]) and max(times) - min(times) <= 1
+
+
+@given(samplers(), st.integers(0, 5))
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_an_epoch_visits_classes_evenly_and_no_image_again_before_its_whole_class(case, epoch):
+    labels, p, k = case
+    order = PKSampler(labels, p, k, seed=3).order(epoch)
+    visits = Counter({int(c): 0 for c in labels})
+    visits.update(labels[order[::k].numpy()].tolist())
+    assert max(visits.values()) - min(visits.values()) <= 1
+    for c in set(labels.tolist()):
+        size = int((labels == c).sum())
+        own = [i for i in order.tolist() if labels[i] == c]
+        for n, image in enumerate(own):
+            assert image not in own[max(0, n - size + 1) : n]
+
+
+@given(samplers(), st.integers(0, 9), st.integers(0, 9))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_an_epoch_is_a_function_of_seed_and_number_and_can_be_entered_anywhere(case, seed, epoch):
+    labels, p, k = case
+    sampler = PKSampler(labels, p, k, seed=seed)
+    first = sampler.order(epoch)
+    sampler.order(epoch + 1)
+    assert torch.equal(sampler.order(epoch), first)
+    assert torch.equal(PKSampler(torch.tensor(labels), p, k, seed=seed).order(epoch), first)
+    whole = list(sampler.epoch(epoch))
+    assert torch.equal(torch.cat(whole), first) and first.dtype == torch.int64
+    rest = list(sampler.epoch(epoch, start=len(whole) // 2))
+    assert [b.tolist() for b in rest] == [b.tolist() for b in whole[len(whole) // 2 :]]
+
+
+def test_seeds_and_epochs_give_other_orders():
+    labels = np.arange(400) % 20
+    orders = [
+        tuple(PKSampler(labels, 4, 4, seed=s).order(e).tolist()) for s in (0, 1) for e in (0, 1)
+    ]
+    assert len(set(orders)) == 4
+
+
+@given(samplers(), st.integers(1, 4), st.integers(0, 5))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_ranks_share_each_global_batch_by_whole_classes(case, world, epoch):
+    labels, p, k = case
+    p = p // world * world
+    if not p:
+        return
+    order = PKSampler(labels, p, k, seed=3).order(epoch).view(-1, p * k).tolist()
+    parts = [batches(labels, p, k, epoch, rank=r, world=world) for r in range(world)]
+    for step, batch in enumerate(order):
+        assert sum((part[step] for part in parts), []) == batch
+        for part in parts:
+            assert len({int(labels[i]) for i in part[step]}) == p // world
+
+
+@given(samplers(), st.integers(0, 9))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_gaps_in_the_numbering_of_labels_change_nothing(case, epoch):
+    labels, p, k = case
+    steps = np.random.default_rng(0).integers(1, 10**9, labels.max() + 1)
+    gapped = (np.cumsum(steps) - 10**9)[labels]
+    assert batches(gapped, p, k, epoch) == batches(labels, p, k, epoch)
+
+
+def test_pairs_of_classes_meet_as_often_as_chance_has_it():
+    labels = np.arange(600) % 6
+    sampler = PKSampler(labels, 4, 2, seed=0)
+    met = torch.zeros(6, 6)
+    for epoch in range(20):
+        for batch in sampler.epoch(epoch):
+            classes = torch.as_tensor(labels[batch[::2]])
+            met[classes[:, None], classes] += 1
+    steps = 20 * sampler.steps
+    assert torch.equal(met.diagonal(), met.diagonal().mean().expand(6))  # 4 of 6 in each
+    expected = steps * (4 * 3) / (6 * 5)
+    away = met[~torch.eye(6, dtype=torch.bool)] - expected
+    # By chance alone a pair's count has a deviation of sqrt(steps * .4 * .6), here 19.
+    assert away.abs().max() < 4 * (steps * 0.24) ** 0.5
+
+
+def test_over_the_epochs_every_image_of_a_large_class_is_seen():
+    labels = np.repeat([0, 1, 2, 3], [400, 8, 8, 8])
+    sampler = PKSampler(labels, 2, 4, seed=0)
+    seen = set(torch.cat([sampler.order(e) for e in range(40)]).tolist())
+    assert seen == set(range(424)) and sampler.small == 0
+
+
+def test_small_classes_are_counted():
+    assert PKSampler(np.repeat([5, 7, 9], [1, 3, 8]), 2, 4, seed=0).small == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "p", "k", "kwargs", "words"),
+    [
+        (np.arange(12) % 3, 4, 2, {}, "3 classes do not fill a batch of P = 4"),
+        (np.arange(12) % 6, 4, 4, {}, "12 images do not fill a batch of 4 x 4"),
+        (np.arange(12) % 6, 3, 2, {"world": 2}, "P = 3 classes cannot be shared by 2 ranks"),
+        (np.arange(12) % 6, 4, 2, {"rank": 2, "world": 2}, "rank 2 of 2"),
+        (np.arange(12) % 6, 0, 2, {}, "P is 0 and K 2"),
+        (np.arange(12) % 6, 2, 0, {}, "P is 2 and K 0"),
+        (np.ones((4, 4), int), 1, 2, {}, "labels must be whole numbers"),
+        (np.ones(4), 1, 2, {}, "labels must be whole numbers"),
+        (np.array([], int), 1, 1, {}, "0 classes"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(labels, p, k, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        PKSampler(labels, p, k, seed=0, **kwargs)
+
+
+@pytest.mark.slow
+def test_five_million_labels_are_sampled_within_the_budget_of_this_file():
+    labels = torch.randint(93431, (5_179_510,), generator=torch.Generator().manual_seed(0))
+    sampler = PKSampler(labels, 32, 4, seed=0)
+    order = sampler.order(7).view(sampler.steps, 32, 4)
+    classes = labels[order]
+    assert (classes == classes[:, :, :1]).all()
+    assert (classes[:, :, 0].sort(dim=1).values.diff(dim=1) > 0).all()
+    visits = classes[:, :, 0].flatten().bincount(minlength=93431)
+    assert visits.max() - visits.min() <= 1
