@@ -1,16 +1,22 @@
-"""Score the students of a run: `python eval.py RUN [--on shifted] [--root FOLDER] [--best]`."""
+"""Score the students of a run: `python eval.py RUN [--on shifted] [--best]`.
+
+On a public test set (docs/data.md): `python eval.py RUN --on tinyface --root FOLDER`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from crrcd.config import Config, arms
 from crrcd.train import NAME, load_student
 from shared import cli, results
 from shared.config import locate
 from shared.data import procedural
+from shared.data.protocols import TEST_SETS, check_alignment
 from shared.data.sets import evaluation
 from shared.evaluate.score import score_native
 from shared.files import write_text
@@ -18,14 +24,21 @@ from shared.run import choose_device
 
 
 def evaluate(
-    run: Path, on: str = "test", root: str = "", best: bool = False, device: str = "cpu"
+    run: Path,
+    on: str = "test",
+    root: str = "",
+    best: bool = False,
+    device: str = "cpu",
+    **data: Any,
 ) -> str:
     """Score every student of a run; returns the table, and keeps it in the run's folder as JSON.
 
-    on: "test", "development", "shifted" (faces), "native" (faces of 6 to 60 px, open set) or
-    "folder" with `root` (ROOT/<class>/*). best: the students of the best development epoch.
+    on: "test", "development", "shifted" (faces), "native" (faces of 6 to 60 px, open set), or with
+    `root` "folder" (ROOT/<class>/*) and the test sets of shared.data.protocols. best: the students
+    of the best development epoch. data: fields of the run's Data to replace, such as counts="any".
     """
     config = cli.stored(Config, run)
+    config = replace(config, data=replace(config.data, **data))
     cache = locate(config.cache)
     students = {
         arm: load_student(run, arm, best=best)
@@ -37,20 +50,21 @@ def evaluate(
     task = next(iter(students.values())).task
     if on == "native":
         return _native(config, students, run, cache)
-    if on == "folder" and not root:
-        raise ValueError("--on folder needs --root FOLDER (FOLDER/<class>/<image>)")
+    if on in ("folder", *TEST_SETS) and not root:
+        raise ValueError(f"--on {on} needs --root: where it lies (docs/data.md)")
     classes = next(iter(students.values())).classes
     wanted = evaluation(
         config.data, on, root, cache=cache, task=task, classes=classes,
         teachers=config.teacher.identities,
     )  # fmt: skip
+    check_alignment(next(iter(students.values())).alignment, wanted, config.data)
     rows = {
         arm: results.student_row(student.to(device), wanted) for arm, student in students.items()
     }
-    name = f"eval-{on}{'-best' if best else ''}"
+    name = f"eval-{wanted.name if on == 'bin' else on}{'-best' if best else ''}"
     epoch = "best" if best else "last"
     results.write(run, rows, wanted, reference="alone", name=name, epoch=epoch)
-    return results.table(run, name)
+    return results.table(run, name, details=True)
 
 
 def _native(config: Config, students: dict, run: Path, cache: Path) -> str:
@@ -75,14 +89,22 @@ def main() -> None:
     parser.add_argument(
         "--on",
         default="test",
-        help="test, development, shifted or native (faces), or folder with --root",
+        help="test, development, shifted or native (faces); with --root: folder, "
+        + ", ".join(TEST_SETS),
     )
-    parser.add_argument("--root", default="", help="for --on folder: FOLDER/<class>/<image>")
+    parser.add_argument("--root", default="", help="where a test set lies; folder: <class>/<image>")
     parser.add_argument("--best", action="store_true", help="the best development epoch's students")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    args = parser.parse_args()
-    device = str(choose_device(args.device))
-    print(evaluate(args.run, args.on, args.root, args.best, device))
+    parser.add_argument("--landmarks", help="CSV of five points a face (docs/data.md)")
+    parser.add_argument("--margin", type=float, help="around face boxes, as a share of the box")
+    parser.add_argument("--any-alignment", action="store_const", const=True,
+                        help="accept faces cut out otherwise than those trained on")  # fmt: skip
+    parser.add_argument("--counts", choices=("published", "any"), help="any: take what is there")
+    args = vars(parser.parse_args())
+    run, on, root, best = (args.pop(name) for name in ("run", "on", "root", "best"))
+    device = str(choose_device(args.pop("device")))
+    changed = {name: value for name, value in args.items() if value is not None}
+    print(evaluate(run, on, root, best, device, **changed))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from shared import cli, optim, report, results, teacher
 from shared.config import locate
 from shared.data.pipeline import Loader
 from shared.data.sets import load
-from shared.evaluate.score import HEADLINE, score
+from shared.evaluate.score import score
 from shared.losses import kd, nce
 from shared.models.recogniser import Recogniser, Student, load_trained, reader
 from shared.run import Run
@@ -38,7 +38,7 @@ def train(config: Config) -> Path:
     data = run.in_turn(lambda: load(c, cache=cache, teacher_identities=known))
     loader = Loader(data.train, c, config.optim.batch, seed=config.seed, device=run.device,
                     rank=run.rank, world=run.world)  # fmt: skip
-    run.note(licence=data.licence, selection=data.selection)
+    run.note(licence=data.licence, selection=data.selection, **data.notes)
 
     # ---- networks
     run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
@@ -69,7 +69,7 @@ def train(config: Config) -> Path:
                 e_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
                     e_t, z_t = taught_by(batch.x_h())
-            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
+            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y) + student.penalty
             kd_ = kd(student.logits(e_s), z_t, wanted.rho) if wanted.alpha else zero
             rcd, watched = zero, {}
             if wanted.beta:
@@ -97,8 +97,8 @@ def train(config: Config) -> Path:
             if phase.due(batch):
                 with run.autocast():
                     found = score(reader(student, c, data.task), data.evaluations[data.selection])
-                phase.keep_best(student, HEADLINE[data.task], found.metrics)
-        phase.finish(student, task=data.task, classes=data.classes)
+                phase.keep_best(student, found.headline, found.metrics)
+        phase.finish(student, task=data.task, classes=data.classes, alignment=data.alignment)
 
     # ---- score
     if run.rank == 0:

@@ -30,7 +30,6 @@ from PIL import Image
 from shared import cli
 from shared.config import SCHEMA
 from shared.degrade import low
-from shared.evaluate.score import COLUMNS, HEADLINE
 from shared.files import write_bytes, write_text
 
 INK, PAPER = "#010203", "#fefdfc"  # become the page's own colours in the SVG
@@ -234,7 +233,7 @@ def _best(lines: Iterable[dict[str, float]]) -> str:
 
 
 def _headline(run: Finished) -> str:
-    return COLUMNS[run.results["task"]][HEADLINE[run.results["task"]]]
+    return run.results["columns"][run.results["headline"]]
 
 
 # -- figures -------------------------------------------------------------------------------------

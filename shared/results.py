@@ -14,9 +14,9 @@ import torch
 
 from shared.config import SCHEMA, Data
 from shared.data.pipeline import normalise, upsampled_input
-from shared.data.sets import Evaluation
+from shared.data.protocols import Evaluation
 from shared.evaluate.intervals import paired
-from shared.evaluate.score import COLUMNS, Score, score
+from shared.evaluate.score import Score, score
 from shared.files import write_bytes, write_text
 from shared.models import count_parameters, macs
 from shared.models.recogniser import Student, reader
@@ -38,7 +38,8 @@ class Row:
 def student_row(student: Student, evaluation: Evaluation) -> Row:
     """The student on LR images made from the evaluation's HR ones."""
     data, backbone = student.data, student.recogniser.backbone
-    found = score(reader(student.recogniser, data, student.task), evaluation)
+    task = student.task if evaluation.fit is None else "faces"  # a fit starts from features
+    found = score(reader(student.recogniser, data, task), evaluation)
     return Row(found, count_parameters(backbone), macs(backbone, data.lr))
 
 
@@ -68,7 +69,8 @@ def write(
 ) -> None:
     """NAME.json (numbers with intervals, and paired differences to `reference`); for the results of
     a run also arrays.npz (per-item outcomes, pair scores, points and example pairs)."""
-    columns = COLUMNS[evaluation.task]
+    some = next(iter(rows.values())).score
+    columns = some.columns
     table: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for who, row in rows.items():
@@ -99,11 +101,14 @@ def write(
         "task": evaluation.task,
         "epoch": epoch,
         "columns": columns,
+        "headline": some.headline,
+        "unit": some.unit,
+        "alignment": evaluation.alignment,
+        "landmarks": dict(evaluation.landmarks),
         "reference": reference if reference in rows else None,
         "rows": table,
     }
     if name == "results":
-        some = next(iter(rows.values())).score
         for column in columns:
             arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
         _figures(arrays, rows, evaluation)
@@ -113,8 +118,11 @@ def write(
     write_text(folder / f"{name}.json", json.dumps(record, indent=1))
 
 
-def table(folder: Path, name: str = "results") -> str:
-    """NAME.json of a run folder as text: 95 % intervals, paired differences to the reference."""
+def table(folder: Path, name: str = "results", *, details: bool = False) -> str:
+    """NAME.json of a run folder as text: 95 % intervals, paired differences to the reference.
+
+    details: below it the other numbers of the protocol (rank-k, mAP, TAR at FAR, ...).
+    """
     record = json.loads((folder / f"{name}.json").read_text())
     columns, reference = record["columns"], record["reference"]
     head = ["", "parameters", "MACs"]
@@ -134,15 +142,28 @@ def table(folder: Path, name: str = "results") -> str:
                     else ""
                 )
         lines.append(line)
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    text = _aligned(lines)
+    others = [k for k in next(iter(record["rows"].values()))["metrics"] if k not in columns]
+    if details and others:
+        lines = [["", *others]]
+        for name, row in record["rows"].items():
+            lines.append([name, *(f"{row['metrics'][k]:.2f}" for k in others)])
+        text += ["", *_aligned(lines)]
+    split = f"{record['evaluation']} split, {record['epoch']} epoch"
+    by = f"intervals by bootstrap over {record['unit']}"
+    faces = [f"{n:,} {what}" for what, n in record.get("landmarks", {}).items()]
+    cut = [f"landmarks: {', '.join(faces)}"] if faces else []
+    return "\n".join([*text, "", f"{split}; {by}", *cut, f"written to {folder}"])
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Cells of a table, the first line its head, in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for first, *rest in lines:
         padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         text.append("  ".join([first.ljust(widths[0]), *padded]))
-    text.insert(1, "-" * len(text[0]))
-    split = f"{record['evaluation']} split, {record['epoch']} epoch; intervals by bootstrap over "
-    by = "identities" if record["task"] == "faces" else "images"
-    return "\n".join([*text, "", split + by, f"written to {folder}"])
+    return [text[0], "-" * len(text[0]), *text[1:]]
 
 
 def _figures(

@@ -37,6 +37,7 @@ from shared.config import ROOT, SCHEMA, Optim, locate, to_dict
 from shared.config import Run as RunConfig
 from shared.data.pipeline import Loader
 from shared.files import write_text
+from shared.models.heads import AdaFace, CurricularFace
 from shared.phase import Phase
 
 M = TypeVar("M", bound=nn.Module)
@@ -132,6 +133,9 @@ class Run:
         if self.config.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if self.world > 1:
+            for module in model.modules():
+                if isinstance(module, CurricularFace | AdaFace):  # statistics of the global batch
+                    module.gather = self.gather
             if self.device.type == "cuda":
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)

@@ -16,15 +16,16 @@ from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
 from shared.data import procedural
 from shared.data.pipeline import Loader
-from shared.data.sets import DataSet, Task
+from shared.data.protocols import Task
+from shared.data.sets import DataSet
 from shared.models import checkpoints
 from shared.models.recogniser import Recogniser, class_means, restore, save
 from shared.run import Run
 
 # Fields of Data that no teacher depends on.
 _STUDENT_ONLY = (
-    "lr", "kernel", "antialias", "development", "test", "on_error", "resident_gib", "workers",
-    "identities", "classes", "root",
+    "lr", "kernel", "antialias", "degradation", "development", "test", "on_error", "resident_gib",
+    "workers", "identities", "classes", "root", "counts", "test_sets", "landmarks", "any_alignment",
 )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def _train(
     for batch in phase:
         with run.autocast():
             e_t = net(batch.x_h())
-        loss = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y)
+        loss = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y) + recogniser.penalty
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = optim.clip(optimiser, c.clip)
@@ -120,8 +121,8 @@ def _load_own(
     except ValueError as error:
         if "backbone." in str(error).partition("unexpected")[2]:
             raise
-    checkpoints.load_backbone(recogniser.backbone, path)
-    run.say(f"teacher: backbone from {path}")
+    layout = checkpoints.load_backbone(recogniser.backbone, path)
+    run.say(f"teacher: backbone from {path} ({layout})")
     if recogniser.head is not None:
         loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
         recogniser.eval()

@@ -1,11 +1,11 @@
-"""Labelled images: CIFAR-10/100 and SVHN through torchvision, digits, any folder of images.
+"""Labelled images: CIFAR-10/100, SVHN, STL-10, Tiny ImageNet, digits, any folder of images.
 
-All come as square uint8 RGB images of `data.hr` px, in memory where they fit.
+All come as square uint8 RGB images of `data.hr` px, in memory where they fit. CIFAR, SVHN and
+digits have one size, and `data.hr` must be it; the others are resized while they are read.
 """
 
 from __future__ import annotations
 
-import functools
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
 from shared.config import Data, digest
-from shared.data.pipeline import Images, Resident, Streaming
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+from shared.data.items import SUFFIXES, Files, check_counts, fit
+from shared.data.pipeline import Images, Resident, prepared
+from shared.data.retrieval import check_files, home_of, rows
 
 LICENCES = {
     "cifar10": "CIFAR-10 (Krizhevsky 2009), no stated licence, research use",
     "cifar100": "CIFAR-100 (Krizhevsky 2009), no stated licence, research use",
     "svhn": "SVHN (Netzer et al. 2011), non-commercial use only",
+    "stl10": "STL-10 (Coates, Ng, Lee 2011), no stated licence, images of ImageNet, research use",
+    "tinyimagenet": "Tiny ImageNet (Stanford CS231n), images of ImageNet, non-commercial use only",
     "digits": "UCI optical recognition of handwritten digits (Alpaydin, Kaynak 1998), CC BY 4.0",
     "folder": "the user's own",
 }
@@ -53,6 +52,10 @@ def read(data: Data, cache: Path) -> Parts:
         return _digits(data)
     if data.name == "folder":
         return _folder(data)
+    if data.name == "stl10":
+        return _stl10(data, cache)
+    if data.name == "tinyimagenet":
+        return _tiny_imagenet(data)
     return _torchvision(data, cache)
 
 
@@ -87,6 +90,111 @@ def _torchvision(data: Data, cache: Path) -> Parts:
     held_out: dict[str, Images] = {"test": split(False)}
     where = str(root.resolve())
     return Parts(split(True), held_out, classes, where, LICENCES[data.name], fingerprint=where)
+
+
+STL10 = {"training images": 5_000, "test images": 8_000}
+STL10_SIDE = 96
+
+
+def _stl10(data: Data, cache: Path) -> Parts:
+    """stl10_binary/{train,test}_{X,y}.bin, the labelled images only; ROOT is that folder or its
+    parent. 96x96 images; with another `data.hr` (CRRCD's Table IV: 32) they are resized here,
+    antialiased bicubic.
+
+    torchvision downloads, but does not read: its reader wants the archive's whole content, and
+    hashes the 2.6 GB of unlabelled images first.
+    """
+    from torchvision import datasets
+
+    root = Path(data.root).expanduser() if data.root else cache / data.name
+    home = root if (root / "train_X.bin").is_file() else root / "stl10_binary"
+    parts = [(home / f"{part}_X.bin", home / f"{part}_y.bin") for part in ("train", "test")]
+    files = [path for part in parts for path in part]
+    if not data.root and not all(path.is_file() for path in files):
+        try:
+            datasets.STL10(str(root), download=True)
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"stl10 in {root}: the download failed; fetch it elsewhere and name its folder "
+                f"with --data.root ({reason})"
+            ) from None
+    train, test = (_stl10_part(pixels, labels, data) for pixels, labels in parts)
+    found = {"training images": len(train), "test images": len(test)}
+    check_counts("stl10", home, found, STL10, data.counts)
+    where = str(home.resolve())
+    facts = _fingerprint(home, [path.name for path in files])
+    return Parts(train, {"test": test}, 10, where, LICENCES["stl10"], fingerprint=facts)
+
+
+def _stl10_part(pixels: Path, labels: Path, data: Data) -> Resident:
+    """Bytes: R, G and B planes of an image, each column after column; labels 1 to 10."""
+    for path in (pixels, labels):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file (expected stl10_binary/{{train,test}}_?.bin)")
+    y = np.fromfile(labels, np.uint8)
+    size = pixels.stat().st_size
+    if size != len(y) * 3 * STL10_SIDE**2 or not size:
+        raise ValueError(
+            f"{pixels}: {size:,} bytes are not the {len(y):,} images of 3 x 96 x 96 bytes that "
+            f"{labels.name} has labels for"
+        )
+    if y.min() < 1 or y.max() > 10:
+        odd = int(np.argmax((y < 1) | (y > 10)))
+        raise ValueError(f"{labels}: label {odd} is {y[odd]}, not 1 to 10")
+    x = np.fromfile(pixels, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
+    if data.hr == STL10_SIDE:
+        return _resident(x.transpose(0, 3, 1, 2), y - 1, data)
+    return _resident(torch.stack([fit(image, data.hr) for image in x]).numpy(), y - 1, data)
+
+
+TINY_IMAGENET = {"classes": 200, "training images": 100_000, "test images": 10_000}
+
+
+def _tiny_imagenet(data: Data) -> Parts:
+    """tiny-imagenet-200/: wnids.txt, train/<wnid>/images/*, val/val_annotations.txt, val/images/;
+    ROOT is that folder or its parent. Classes in the order of their sorted wnids. The labelled
+    validation images are the test set, as usual: the labels of test/ were never published.
+
+    64x64 images; with another `data.hr` (CRRCD's Table IV: 32) they are resized while they are
+    read, antialiased bicubic.
+    """
+    if not data.root:
+        raise ValueError("--data.name tinyimagenet needs --data.root: the folder tiny-imagenet-200")
+    home = home_of(Path(data.root).expanduser(), "Tiny ImageNet", "wnids.txt")
+    wnids = {wnid for (wnid,) in rows(home / "wnids.txt", "<wnid>", str)}
+    if not (home / "train").is_dir():
+        raise ValueError(f"{home}: no train/ folder in it (expected train/<wnid>/images/)")
+    training, classes = _scan(home / "train")
+    if odd := wnids ^ set(classes):
+        raise ValueError(f"{home}: train/ and wnids.txt differ in {len(odd)} wnids, as {min(odd)}")
+    number = {wnid: k for k, wnid in enumerate(classes)}
+
+    def label(wnid: str) -> int:
+        if wnid not in number:
+            raise ValueError
+        return number[wnid]
+
+    listed = home / "val" / "val_annotations.txt"
+    kinds = (str, label, int, int, int, int)
+    held = rows(listed, "<file> <wnid of wnids.txt> <x1> <y1> <x2> <y2>", *kinds)
+    folder = home / "val" / "images"
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    check_files(listed, [row[0] for row in held], there)
+    found = {"classes": len(classes), "training images": len(training), "test images": len(held)}
+    check_counts("tinyimagenet", home, found, TINY_IMAGENET, data.counts)
+    train, skipped = prepared(training, data, data.hr, role="training")
+    asked = Files(folder, [row[0] for row in held], [row[1] for row in held])
+    test, more = prepared(asked, data, data.hr, role="held out")
+    return Parts(
+        train,
+        {"test": test},
+        len(classes),
+        str(home.resolve()),
+        LICENCES["tinyimagenet"],
+        fingerprint=_fingerprint(home / "train", training.files),
+        skipped=(*skipped, *more),
+    )
 
 
 def _digits(data: Data) -> Parts:
@@ -134,14 +242,14 @@ def _folder(data: Data) -> Parts:
     names = [name for name in ("test", "val") if (root / name).is_dir()]
     if not names:
         raise ValueError(f"{root}: no test/ or val/ folder in it (expected test/<class>/<image>)")
-    files, labels, classes = _scan(root / "train")
+    training, classes = _scan(root / "train")
     if len(classes) < 2:
         raise ValueError(f"{root / 'train'}: {len(classes)} class; training needs 2 or more")
     found = {name: _scan(root / name) for name in names}
-    overlap = {name: set(classes) & set(found[name][2]) for name in names}
+    overlap = {name: set(classes) & set(found[name][1]) for name in names}
     for name in names:
-        if overlap[name] and set(found[name][2]) - set(classes):
-            odd = sorted(set(found[name][2]) - set(classes))
+        if overlap[name] and set(found[name][1]) - set(classes):
+            odd = sorted(set(found[name][1]) - set(classes))
             raise ValueError(
                 f"{root / name}: classes that train/ does not have: {', '.join(odd[:5])}; "
                 "name either the same classes (classification) or none of them (identities)"
@@ -149,20 +257,17 @@ def _folder(data: Data) -> Parts:
     shared_classes = bool(overlap[names[0]])
     if any(bool(overlap[name]) != shared_classes for name in names):
         raise ValueError(f"{root}: test/ and val/ must both hold train/'s classes, or neither any")
-    train, skipped = _images(files, labels, data)
+    train, skipped = prepared(training, data, data.hr, role="training")
     held_out = {}
     for name in names:
-        held_files, held_labels, held_classes = found[name]
+        files, own = found[name]
         if shared_classes:  # a held-out folder may lack a class: number them as train/ does
-            number = [classes.index(c) for c in held_classes]
-            held_labels = [number[k] for k in held_labels]
-        if data.on_error == "skip":  # an evaluation has no stand-ins: look at every file first
-            held_files, held_labels, odd_files = _decodable(held_files, held_labels, data)
-            skipped += odd_files
-        images, odd_files = _images(held_files, held_labels, data)
+            number = np.array([classes.index(c) for c in own])
+            files.labels = number[files.labels]
+        images, more = prepared(files, data, data.hr, role="held out")
         role = "development" if name == "val" and len(names) == 2 else "test"
         held_out[role] = images
-        skipped += odd_files
+        skipped += more
     return Parts(
         train,
         held_out,
@@ -170,99 +275,36 @@ def _folder(data: Data) -> Parts:
         str(root / "train"),
         LICENCES["folder"],
         shared_classes=shared_classes,
-        fingerprint=_fingerprint(root, files),
+        fingerprint=_fingerprint(root / "train", training.files),
         skipped=tuple(skipped),
     )
 
 
-def _fingerprint(root: Path, files: list[Path]) -> str:
+def _fingerprint(root: Path, files: Sequence[str]) -> str:
     """Of names, sizes and times of the training files: a teacher's cache key holds it."""
-    facts = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    facts = [(name, (s := (root / name).stat()).st_size, s.st_mtime_ns) for name in files]
     return digest(facts)
 
 
-def labelled_folder(folder: Path, data: Data) -> tuple[Images, list[str]]:
-    """FOLDER/<class>/* as images of `data.hr` px, and the files left out."""
+def labelled_folder(folder: Path, data: Data) -> Images:
+    """FOLDER/<class>/* as images of `data.hr` px to score on."""
     if not folder.is_dir():
         raise ValueError(f"--root {folder}: no such folder")
-    files, labels, _ = _scan(folder)
-    return _images(files, labels, data)
+    return prepared(_scan(folder)[0], data, data.hr, role="held out")[0]
 
 
-def _scan(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Image files, their class numbers, and the class names in sorted order."""
+def _scan(folder: Path) -> tuple[Files, list[str]]:
+    """The images of FOLDER/<class>/, and the class names in sorted order."""
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[int] = []
     for number, name in enumerate(classes):
-        own = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = (folder / name).rglob("*")
+        own = sorted(p.relative_to(folder) for p in found if p.suffix.lower() in SUFFIXES)
         if not own:
             raise ValueError(f"{folder / name}: no image in it ({', '.join(SUFFIXES)})")
-        files += own
+        files += map(str, own)
         labels += [number] * len(own)
     if not files:
         raise ValueError(f"{folder}: no class folders in it (expected <class>/<image>)")
-    return files, labels, classes
-
-
-def _images(files: list[Path], labels: list[int], data: Data) -> tuple[Images, list[str]]:
-    """Decoded into memory where that fits, else decoded on demand."""
-    decode = functools.partial(_decode_number, files, data.hr)
-    numbers = torch.tensor(labels)
-    if len(files) * 3 * data.hr**2 > data.resident_gib * 2**30:
-        stream = Streaming(decode, numbers, workers=data.workers, on_error=data.on_error)
-        return stream, []
-    pixels = torch.empty((len(files), 3, data.hr, data.hr), dtype=torch.uint8)
-    kept: list[int] = []
-    skipped: list[str] = []
-    for number, path in enumerate(tqdm(files, desc="decoding", leave=False, disable=None)):
-        try:
-            pixels[len(kept)] = decode(number)
-            kept.append(number)
-        except ValueError:
-            if data.on_error == "stop":
-                raise
-            skipped.append(str(path))
-    if not kept:
-        raise ValueError(f"{files[0].parents[1]}: none of its {len(files)} images can be decoded")
-    return Resident(pixels[: len(kept)], numbers[kept]), skipped
-
-
-def _decodable(
-    files: list[Path], labels: list[int], data: Data
-) -> tuple[list[Path], list[int], list[str]]:
-    """The files that can be decoded, their labels, and the others."""
-    good, kept, odd = [], [], []
-    for path, label in zip(files, labels, strict=True):
-        try:
-            decode_image(path, data.hr)
-        except ValueError:
-            odd.append(str(path))
-            continue
-        good.append(path)
-        kept.append(label)
-    return good, kept, odd
-
-
-def _decode_number(files: list[Path], size: int, number: int) -> Tensor:
-    return decode_image(files[number], size)
-
-
-def decode_image(path: Path, size: int) -> Tensor:
-    """An image file as uint8 [3, size, size] RGB: shorter side to `size` (antialiased bicubic),
-    centre crop. Raises ValueError naming the file when it cannot be decoded whole."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            rgb = image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise a dozen types for damaged bytes
-        raise ValueError(
-            f"{path}: not a readable image ({str(error)[:80]}); "
-            "--data.on-error skip counts such files and goes on"
-        ) from None
-    scale = size / min(rgb.size)
-    if scale != 1:
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
-    rgb = rgb.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1)
+    return Files(folder, files, labels), classes

@@ -108,8 +108,8 @@ class Joined:
         self.parts = list(parts)
         self.labels = np.concatenate([part.labels for part in parts])
         self.ends = np.cumsum([len(part) for part in parts])
-        boxes = [getattr(part, "boxes", None) for part in parts]
-        self.boxes = None if any(b is None for b in boxes) else np.concatenate(boxes)
+        boxes = [b for part in parts if (b := getattr(part, "boxes", None)) is not None]
+        self.boxes = np.concatenate(boxes) if len(boxes) == len(parts) else None
 
     def __len__(self) -> int:
         return int(self.ends[-1])

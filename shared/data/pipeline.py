@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from shared import degrade
 from shared.config import Data
-from shared.data.items import Items, fit
+from shared.data.items import Items, Subset, fit
+from shared.data.samplers import PKSampler
 from shared.degrade import low, to_float, to_uint8
 
 PART = 64  # images that a decoding thread takes at a time
@@ -103,54 +105,83 @@ class Streaming:
 
 
 def prepared(
-    items: Items, data: Data, size: int, *, whole: bool = False, on_error: str = "stop"
+    items: Items,
+    data: Data,
+    size: int,
+    *,
+    whole: bool = False,
+    role: Literal["training", "held out", "protocol"] = "protocol",
 ) -> tuple[Images, list[str]]:
-    """Items as images of `size` px (shared.data.items.fit), and the names of those left out.
+    """Items as images of `size` px (shared.data.items.fit), and why some were left out.
 
     In memory where they fit into `data.resident_gib`, decoded by `data.workers` threads; else
-    decoded by as many processes when they are asked for. on_error "skip" leaves out what cannot
-    be decoded (streaming: see Streaming); "stop" raises its ValueError.
+    decoded by as many processes when they are asked for. What cannot be decoded is a ValueError, or
+    with `data.on_error` "skip" it is left out; a streamed training image has a stand-in (see
+    Streaming), an evaluation has none, so there every image is looked at first. A protocol names
+    images by number and cannot miss one: it always stops.
     """
-    decode = functools.partial(_fitted, items, size, whole)
+    skip = role != "protocol" and data.on_error == "skip"
+    hint = "" if skip or role == "protocol" else "; --data.on-error skip leaves such images out"
+    streamed = len(items) * 3 * size * size > data.resident_gib * 2**30
+    left_out: list[str] = []
+    if streamed and skip and role == "held out":
+        fine, left_out = _each(items, data, lambda number: items.image(number), skip)
+        items = Subset(items, fine, items.labels[fine])
+    decode = functools.partial(_fitted, items, size, whole, hint)
     labels = torch.as_tensor(items.labels)
-    if len(items) * 3 * size * size > data.resident_gib * 2**30:
-        return Streaming(decode, labels, workers=data.workers, on_error=on_error), []
+    if streamed:
+        on_error = "skip" if skip else "stop"
+        return Streaming(decode, labels, workers=data.workers, on_error=on_error), left_out
     pixels = torch.empty((len(items), 3, size, size), dtype=torch.uint8)
 
-    def place(numbers: range) -> list[str]:
-        failed = []
+    def place(number: int) -> None:
+        pixels[number] = decode(number)
+
+    fine, left_out = _each(items, data, place, skip)
+    if left_out:
+        pixels, labels = pixels[torch.as_tensor(fine)], labels[torch.as_tensor(fine)]
+    return Resident(pixels, labels), left_out
+
+
+def _each(
+    items: Items, data: Data, do: Callable[[int], object], skip: bool
+) -> tuple[np.ndarray, list[str]]:
+    """Numbers for which `do` raised no ValueError, and the messages of the others."""
+
+    def part(numbers: range) -> list[str]:
+        found = []
         for number in numbers:
             try:
-                pixels[number] = decode(number)
-                failed.append("")
-            except ValueError:
-                if on_error == "stop":
+                do(number)
+                found.append("")
+            except ValueError as error:
+                if not skip:
                     raise
-                failed.append(items.name(number))
-        return failed
+                found.append(str(error))
+        return found
 
     failed: list[str] = []
     parts = [range(k, min(k + PART, len(items))) for k in range(0, len(items), PART)]
     bar = tqdm(desc="decoding", total=len(items), leave=False, disable=None, unit="image")
     with ThreadPoolExecutor(max(1, data.workers)) as pool, bar:
         try:
-            for part in pool.map(place, parts):
-                failed += part
-                bar.update(len(part))
+            for messages in pool.map(part, parts):
+                failed += messages
+                bar.update(len(messages))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    skipped = [name for name in failed if name]
-    if len(skipped) == len(items):
-        raise ValueError(f"{items.name(0)}: none of {len(items)} images can be decoded")
-    if skipped:
-        kept = torch.tensor([not name for name in failed])
-        pixels, labels = pixels[kept], labels[kept]
-    return Resident(pixels, labels), skipped
+    if failed and all(failed):
+        raise ValueError(f"none of {len(items):,} images can be decoded; the first: {failed[0]}")
+    fine = np.array([not message for message in failed], dtype=bool)
+    return np.flatnonzero(fine), [message for message in failed if message]
 
 
-def _fitted(items: Items, size: int, whole: bool, number: int) -> Tensor:
-    return fit(items.image(number), size, whole=whole)
+def _fitted(items: Items, size: int, whole: bool, hint: str, number: int) -> Tensor:
+    try:
+        return fit(items.image(number), size, whole=whole)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
 
 
 class _Decoded(torch.utils.data.Dataset):
@@ -229,7 +260,8 @@ class Loader:
 
     Epoch e visits a permutation keyed by (seed, e), in `steps` whole batches of `size` over all
     ranks; what does not fill a batch is left for another epoch's order. Rank r sees the r-th
-    contiguous part of each batch. No state: any (epoch, start) can be asked for.
+    contiguous part of each batch. No state: any (epoch, start) can be asked for. `sampler` orders
+    the images of an epoch instead (P x K batches), in batches of its own size.
     """
 
     def __init__(
@@ -242,7 +274,10 @@ class Loader:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        sampler: PKSampler | None = None,
     ) -> None:
+        if sampler is not None and size != sampler.p * sampler.k:
+            raise ValueError(f"a batch of {size} is not {sampler.p} classes x {sampler.k} images")
         if size % world:
             raise ValueError(f"a batch of {size} cannot be shared by {world} ranks")
         if size < 2 or len(images) < size:
@@ -253,6 +288,7 @@ class Loader:
             images.to(device)
         self.views = Views(data)
         self.steps = len(images) // size
+        self.sampler = sampler
         self._low: Tensor | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -279,7 +315,7 @@ class Loader:
                 view=chosen,
                 y=self.images.labels[index].to(self.device),
                 x_h=functools.partial(self._x_h, moved),
-                x_l=functools.partial(self._x_l, moved, index, chosen),
+                x_l=functools.partial(self._x_l, moved, index, chosen, epoch),
             )
 
     def plain(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -300,7 +336,7 @@ class Loader:
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         order = torch.randperm(len(self.images), generator=generator)
         view = torch.randint(self.views.count, (len(self.images),), generator=generator)
-        return order, view
+        return order if self.sampler is None else self.sampler.order(epoch), view
 
     def _moved(self, index: Tensor, view: Tensor) -> Tensor:
         _, pixels = next(self.images.batches([index]))
@@ -309,7 +345,12 @@ class Loader:
     def _x_h(self, moved: Callable[[], Tensor]) -> Tensor:
         return self._float(moved())
 
-    def _x_l(self, moved: Callable[[], Tensor], index: Tensor, view: Tensor) -> Tensor:
+    def _x_l(
+        self, moved: Callable[[], Tensor], index: Tensor, view: Tensor, epoch: int
+    ) -> Tensor:
+        if self.data.degradation == "realistic":
+            key = degrade.keys(self.seed, index, epoch)
+            return self._float(to_uint8(self._realistic(to_float(moved()), key)))
         table = self._table()
         if table is None:
             return self._float(self._degrade(moved()))
@@ -318,6 +359,10 @@ class Loader:
     def _degrade(self, pixels: Tensor) -> Tensor:
         d = self.data
         return low(pixels, d.lr, mode=d.kernel, antialias=d.antialias)
+
+    def _realistic(self, x: Tensor, key: Tensor) -> Tensor:
+        d = self.data
+        return degrade.realistic(x, d.lr, key, mode=d.kernel, antialias=d.antialias)
 
     def _table(self) -> Tensor | None:
         """Every LR view, uint8 [N, views, 3, lr, lr], where that is small enough to keep."""

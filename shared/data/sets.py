@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from shared.config import Data
-from shared.data import classification, procedural
-from shared.data.pipeline import Images, Resident
-
-Task = Literal["faces", "objects"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """HR images and the protocol they are scored by.
-
-    faces: verification on `pairs` (first [P], second [P], same [P]; 10 folds in order) and rank-k
-    identification of `probes` in `gallery` (image numbers). objects: classification.
-    """
-
-    name: str
-    task: Task
-    images: Images
-    pairs: tuple[Tensor, Tensor, Tensor] | None = None
-    gallery: Tensor | None = None
-    probes: Tensor | None = None
+from shared.config import Data, digest
+from shared.data import classification, faces, identification, procedural, retrieval
+from shared.data.align import Aligned
+from shared.data.items import Items, Subset
+from shared.data.pipeline import Images, Resident, prepared
+from shared.data.protocols import (
+    TEST_SETS,
+    Evaluation,
+    Task,
+    check_alignment,
+    face_folders,
+    identities,
+    placed,
+    public_set,
+    retrieved,
+)
+from shared.data.recordio import RecordIODataset
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,8 @@ class DataSet:
     licence: str
     fingerprint: str = ""  # changes when the training files do
     skipped: tuple[str, ...] = ()  # files left out because they could not be decoded
+    alignment: str = ""  # how training faces were cut out; see shared.data.protocols.placed
+    notes: Mapping[str, object] = field(default_factory=dict)  # for the run's record
 
     def left_out(self) -> list[str]:
         """Files left out so far, also while streaming."""
@@ -65,6 +61,10 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         )
     if data.name == "faces":
         return _faces(data, cache, teacher_identities)
+    if data.name in FACE_SETS:
+        return _face_set(data)
+    if data.name in RETRIEVAL:
+        return _retrieval_set(data)
     parts = classification.read(data, cache)
     if data.classes and data.classes != parts.classes:
         raise ValueError(
@@ -73,7 +73,7 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         )
     task: Task = "objects" if parts.shared_classes else "faces"
     evaluations = {
-        name: _face_evaluation(name, images) if task == "faces" else Evaluation(name, task, images)
+        name: face_folders(name, images) if task == "faces" else Evaluation(name, task, images)
         for name, images in parts.held_out.items()
     }
     return DataSet(
@@ -102,7 +102,7 @@ def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
     }
     for name, count in held_out.items():
         images = Resident(*procedural.split(faces, name, count, TEST_INSTANCES, cache=cache))
-        evaluations[name] = _face_evaluation(name, images)
+        evaluations[name] = face_folders(name, images)
     return DataSet(
         task="faces",
         train=Resident(pixels[:own], labels[:own]),
@@ -118,21 +118,189 @@ def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
 TEST_INSTANCES = 6  # images of each development or test identity: one in the gallery, five probes
 
 
+# -- training faces ------------------------------------------------------------------------------
+
+RESEARCH = "non-commercial research only, by the set's agreement; faces of real people"
+LICENCES = {
+    "recordio": "the pack's own; InsightFace's packs: non-commercial research only",
+    "casia": f"CASIA-WebFace (Yi et al. 2014): {RESEARCH}",
+    "vggface2": f"VGGFace2 (Cao et al. 2018): {RESEARCH}",
+    "umdfaces": f"UMDFaces (Bansal et al. 2017): {RESEARCH}",
+    "tinyface": f"TinyFace (Cheng et al. 2018): {RESEARCH}",
+    "survface": f"QMUL-SurvFace (Cheng et al. 2018): {RESEARCH}",
+    "cub": "CUB-200-2011 (Wah et al. 2011): non-commercial research; photographs of Flickr users",
+    "cars196": "Cars196 (Krause et al. 2013): non-commercial research; photographs of ImageNet",
+    "sop": "Stanford Online Products (Song et al. 2016): no stated licence; photographs of eBay",
+}
+
+FACE_SETS: dict[str, Callable[[Path, Data], Items]] = {
+    "recordio": lambda root, data: RecordIODataset(root),
+    "casia": lambda root, data: faces.casia(root, data.counts)[0],
+    "vggface2": lambda root, data: faces.vggface2(root, counts=data.counts)[0],
+    "umdfaces": lambda root, data: faces.umdfaces(root, data.counts)[0],
+    "tinyface": lambda root, data: identification.tinyface_train(root, data.counts).items,
+    "survface": lambda root, data: identification.survface_train(root, data.counts).items,
+}
+RETRIEVAL: dict[str, Callable[[Path, Literal["published", "any"]], retrieval.Retrieval]] = {
+    "cub": retrieval.cub,
+    "cars196": retrieval.cars196,
+    "sop": retrieval.sop,
+}
+
+
+def _root(data: Data) -> Path:
+    if not data.root:
+        raise ValueError(f"--data.name {data.name} needs --data.root: where it lies (docs/data.md)")
+    root = Path(data.root).expanduser()
+    if not root.exists():
+        raise ValueError(f"--data.root {data.root}: no such folder")
+    return root
+
+
+def _face_set(data: Data) -> DataSet:
+    """Scored on `data.test_sets`; a RecordIO pack without any on the .bin files beside it."""
+    root = _root(data)
+    items, alignment = placed(FACE_SETS[data.name](root, data), data)
+    whole = data.name in ("tinyface", "survface")  # tight crops, taller than wide
+    train, classes, held, skipped = _divided(items, data, whole)
+    name, (kind, path) = next(iter(_test_sets(data, root).items()))
+    evaluations = {"test": public_set(kind, path, data)}
+    check_alignment(alignment, evaluations["test"], data)
+    if held is not None:
+        evaluations["development"] = identities("development", held)
+    notes: dict[str, object] = {"alignment": alignment, "test_set": name}
+    if isinstance(items, Aligned):
+        notes["landmarks"] = items.report
+    return DataSet(
+        task="faces",
+        train=train,
+        classes=classes,
+        teacher_train=train,
+        teacher_classes=classes,
+        evaluations=evaluations,
+        selection="development" if held is not None else "test",
+        licence=LICENCES[data.name],
+        fingerprint=_fingerprint(items, root, data),
+        skipped=tuple(skipped),
+        alignment=alignment,
+        notes=notes,
+    )
+
+
+def _divided(
+    items: Items, data: Data, whole: bool = False
+) -> tuple[Images, int, Images | None, list[str]]:
+    """(training images, their classes, those of the last `data.development` classes, left out)."""
+    names, number = np.unique(items.labels, return_inverse=True)
+    classes = len(names) - data.development
+    if classes < 2:
+        raise ValueError(
+            f"{data.name} in {data.root}: {len(names):,} training classes, of which "
+            f"--data.development keeps {data.development}; keep fewer, or 0"
+        )
+    if data.classes and data.classes != classes:
+        raise ValueError(
+            f"{data.name} in {data.root}: {classes:,} classes to train on, --data.classes says "
+            f"{data.classes:,} ({data.development} are kept by --data.development)"
+        )
+    own, kept = np.flatnonzero(number < classes), np.flatnonzero(number >= classes)
+    train, skipped = prepared(
+        Subset(items, own, number[own]), data, data.hr, whole=whole, role="training"
+    )
+    held = None
+    if len(kept):
+        rest = Subset(items, kept, number[kept])
+        held, more = prepared(rest, data, data.hr, whole=whole, role="held out")
+        skipped += more
+    return train, classes, held, skipped
+
+
+def _test_sets(data: Data, root: Path) -> dict[str, tuple[str, Path]]:
+    """What to score on: name -> (kind, path)."""
+    found: dict[str, tuple[str, Path]] = {}
+    for entry in data.test_sets:
+        name, given, path = entry.partition("=")
+        if not given or not name or not path:
+            raise ValueError(
+                f"--data.test-sets {entry}: give NAME=PATH, NAME one of {', '.join(TEST_SETS)} (or "
+                "any name for a .bin)"
+            )
+        kind = "bin" if path.endswith(".bin") else name
+        found[name] = (kind, Path(path).expanduser())
+    if not found and data.name == "recordio":
+        folder = root if root.is_dir() else root.parent
+        found = {path.stem: ("bin", path) for path in sorted(folder.glob("*.bin"))}
+        if "lfw" in found:  # what the papers report first
+            found = {"lfw": found["lfw"]} | found
+    if not found:
+        raise ValueError(
+            f"{data.name} has no test part: say what to score on, --data.test-sets NAME=PATH "
+            f"(such as lfw=FOLDER; there are: {', '.join(TEST_SETS)})"
+        )
+    return found
+
+
+def _fingerprint(items: Items, root: Path, data: Data) -> str:
+    """Of what the training files are called, and of the size and time of some."""
+    some = range(0, len(items), max(1, len(items) // 1000))
+    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in _paths(items, root, some)]
+    if data.landmarks:
+        points = Path(data.landmarks).expanduser().stat()
+        stamps.append((points.st_size, points.st_mtime_ns))
+    labels = np.bincount(items.labels).tolist()
+    return digest(len(items), labels, [items.name(i) for i in some], stamps)
+
+
+def _paths(items: Items, root: Path, numbers: range) -> list[Path]:
+    if isinstance(items, RecordIODataset):
+        return [items.path]
+    return [path for i in numbers if (path := root / items.name(i)).is_file()]
+
+
+# -- retrieval -----------------------------------------------------------------------------------
+
+
+def _retrieval_set(data: Data) -> DataSet:
+    """Classes to train on, and other classes to retrieve images of."""
+    root = _root(data)
+    found = RETRIEVAL[data.name](root, data.counts)
+    train, classes, held, skipped = _divided(found.train, data)
+    evaluations = {"test": TEST_SETS[data.name](root, data)}
+    if held is not None:
+        evaluations["development"] = retrieved(data.name, "development", held)
+    return DataSet(
+        task="faces",
+        train=train,
+        classes=classes,
+        teacher_train=train,
+        teacher_classes=classes,
+        evaluations=evaluations,
+        selection="development" if held is not None else "test",
+        licence=LICENCES[data.name],
+        fingerprint=_fingerprint(found.train, root, data),
+        skipped=tuple(skipped),
+    )
+
+
+# -- other evaluations ---------------------------------------------------------------------------
+
+
 def evaluation(
     data: Data, name: str, root: str, *, cache: Path, task: Task, classes: int, teachers: int = 0
 ) -> Evaluation:
     """Something else to score a trained student on.
 
     name: "shifted" (faces: the test identities under other lighting, noise, blur, compression),
-    "folder" (ROOT/<class>/*; the classes in sorted order, or identities), or a split of the data
-    set that `data` names ("test", "development"). classes: of the student. teachers: identities
+    "folder" (ROOT/<class>/*; the classes in sorted order, or identities), a public test set of
+    shared.data.protocols at `root`, or a split of the data set that `data` names ("test",
+    "development"). classes: of the student. teachers: identities
     of its teacher, whose rendered faces are then found in the cache.
     Raises ValueError, naming what there is, for anything else.
     """
     if name == "folder":
-        images, _ = classification.labelled_folder(Path(root).expanduser(), data)
+        images = classification.labelled_folder(Path(root).expanduser(), data)
         if task == "faces":
-            return _face_evaluation(root, images)
+            return face_folders(root, images)
         found = int(images.labels.max()) + 1
         if found != classes:
             raise ValueError(f"--root {root}: {found} class folders, the student knows {classes}")
@@ -140,36 +308,15 @@ def evaluation(
     if name == "shifted" and data.name == "faces":
         faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
         drawn = procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
-        return _face_evaluation("shifted", Resident(*drawn))
+        return face_folders("shifted", Resident(*drawn))
+    if name in TEST_SETS and root:
+        return public_set(name, Path(root).expanduser(), data)
     splits = load(data, cache=cache, teacher_identities=teachers).evaluations
     if name not in splits:
         more = ", shifted, native" if data.name == "faces" else ""
+        known = ", ".join(TEST_SETS)
         raise ValueError(
-            f"--on {name}: no such split (there are: {', '.join(splits)}{more}, folder)"
+            f"--on {name}: no such split (there are: {', '.join(splits)}{more}; with --root: "
+            f"folder, {known})"
         )
     return splits[name]
-
-
-def _face_evaluation(name: str, images: Images) -> Evaluation:
-    """Pairs of identity-disjoint folds, and the first image of everybody as the gallery."""
-    labels = images.labels.numpy()
-    first, second, same = _pairs(labels)
-    gallery, probes = procedural.gallery_probes(labels)
-    return Evaluation(
-        name=name,
-        task="faces",
-        images=images,
-        pairs=tuple(torch.as_tensor(t) for t in (first, second, same)),  # type: ignore[arg-type]
-        gallery=torch.as_tensor(gallery),
-        probes=torch.as_tensor(probes),
-    )
-
-
-def _pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """6,000 pairs as in LFW, or as many as the images allow."""
-    for count in (6000, 3000, 1200, 600, 200):
-        try:
-            return procedural.pairs(labels, count=count)
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"too few images for a verification protocol of 10 folds: {reason}")

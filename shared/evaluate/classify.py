@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from shared.evaluate.intervals import as_array
+from shared.evaluate.intervals import Interval, as_array, bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,10 @@ class Classification:
     correct: np.ndarray  # [N] bool, top-1
     per_class: np.ndarray  # [C] top-1 accuracy within a class, NaN where a class has no example
     confusion: np.ndarray  # [C, C] counts: rows are the truth, columns the prediction
+
+    def interval(self, groups: torch.Tensor | ArrayLike | None = None) -> Interval:
+        """95 % bootstrap interval of top-1, by image, or by groups [N] (a person, a video)."""
+        return bootstrap(self.correct, groups)
 
 
 def classification(

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from shared.evaluate.intervals import as_array
+from shared.evaluate.intervals import Interval, as_array, bootstrap
 from shared.evaluate.verify import embedding_rows, unit_rows, whole
+from shared.kernels import topk_search
 
 PROBES, GALLERY = 1024, 8192  # a tile of scores: 64 MB in float64
+STEPS = 1000  # of thresholds, with compat="btnet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,10 @@ class ClosedSet:
     average_precision: np.ndarray  # [Q]
     correct: np.ndarray  # [Q] bool, rank 1
 
+    def interval(self, groups: torch.Tensor | ArrayLike | None = None) -> Interval:
+        """95 % bootstrap interval of rank-1, by probe; by identity where groups [Q] are its ids."""
+        return bootstrap(self.correct, groups)
+
 
 @dataclass(frozen=True, eq=False)
 class OpenSet:
@@ -41,6 +48,18 @@ class OpenSet:
     rank: np.ndarray  # [Q] int, of a mated probe's first mate
     score: np.ndarray  # [Q] of a mated probe's best mate
     unmated_score: np.ndarray  # [U] best score of an unmated probe against the whole gallery
+    found: dict[float, np.ndarray]  # FPIR -> [Q] bool, whose mean is the TPIR; where that is no NaN
+
+    def interval(self, fpir: float, groups: torch.Tensor | ArrayLike | None = None) -> Interval:
+        """95 % bootstrap interval of the TPIR at a target `fpir` of this search.
+
+        By mated probe, or by identity where groups [Q] are its ids. The threshold is held fixed:
+        how it would differ with other unmated probes is not part of the interval. ValueError: a
+        target that was not asked for, or that the unmated probes cannot show.
+        """
+        if fpir not in self.found:
+            raise ValueError(f"fpir={fpir:g}: no TPIR at it, there are {sorted(self.found)}")
+        return bootstrap(self.found[fpir], groups)
 
 
 def closed_set(
@@ -86,6 +105,7 @@ def open_set(
     *,
     rank: int = 20,
     fpir: Sequence[float] = (0.3, 0.2, 0.1, 0.01),
+    compat: Literal["btnet"] | None = None,
 ) -> OpenSet:
     """Watch-list search: mated [Q, D] and unmated [U, D] probes against gallery [G, D].
 
@@ -102,12 +122,19 @@ def open_set(
 
     The AUC is of the same function, constant from one multiple of 1 / U to the next.
 
-    ValueError: as `closed_set`; rank < 1; a target outside (0, 1].
+    compat="btnet" repeats the rule of BTNet's official script: 1,000 thresholds, evenly from the
+    lowest of all unmated maxima and of the mated probes' `rank`-th best scores up to the highest
+    unmated maximum; strict >; for each target the first threshold whose FPIR is nearest, on either
+    side; the trapezoidal AUC of these 1,000 points. It decides tpir, threshold, auc and found.
+
+    ValueError: as `closed_set`; rank < 1; a target outside (0, 1]; another compat.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: must be at least 1")
     if not all(0 < f <= 1 for f in fpir):
         raise ValueError(f"fpir={tuple(fpir)}: every target must lie in (0, 1]")
+    if compat not in (None, "btnet"):
+        raise ValueError(f"compat={compat!r}: must be None or 'btnet'")
     mates = _search(mated, mated_ids, gallery, gallery_ids, "mated")
     ranks = np.array([1 + ahead[0] for _, ahead in mates])
     score = np.array([scores[0] for scores, _ in mates])
@@ -119,29 +146,78 @@ def open_set(
     for rows, _, tile in _tiles(outside, inside):
         maxima[rows] = np.maximum(maxima[rows], tile.max(axis=1))
 
+    within = ranks <= rank
+    if compat == "btnet":
+        candidates = topk_search(
+            torch.from_numpy(embedding_rows(mated, "mated")),
+            torch.from_numpy(inside),
+            min(rank, len(inside)),
+        )[0]
+        threshold, auc = _steps(maxima, score[within], len(score), float(candidates.min()), fpir)
+        found = {f: within & (score > t) for f, t in threshold.items()}
+    else:
+        threshold, auc = _exact(maxima, score[within], len(score), fpir)
+        found = {f: within & (score >= t) for f, t in threshold.items() if not np.isnan(t)}
+    return OpenSet(
+        tpir={f: float(found[f].mean()) if f in found else float("nan") for f in fpir},
+        threshold=threshold,
+        auc=auc,
+        rank=ranks,
+        score=score,
+        unmated_score=maxima,
+        found=found,
+    )
+
+
+def prototypes(
+    embeddings: torch.Tensor | ArrayLike, ids: torch.Tensor | ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """(templates [I, D] of unit norm, their ids [I], sorted) from embeddings [N, D] and ids [N].
+
+    A template is the mean of its identity's embeddings as they come (a longer one weighs more),
+    then L2 (BTNet, the gallery of QMUL-SurvFace). ValueError: wrong shapes, NaN, infinite or
+    zero-norm embeddings or means.
+    """
+    x, names = embedding_rows(embeddings, "embeddings"), as_array(ids)
+    if names.shape != (len(x),):
+        raise ValueError(f"ids: shape {names.shape}, needs one for each of {len(x)} embeddings")
+    order = np.argsort(names, kind="stable")
+    known, first, count = np.unique(names[order], return_index=True, return_counts=True)
+    mean = np.add.reduceat(x[order], first, axis=0, dtype=np.float64) / count[:, None]
+    return unit_rows(embedding_rows(mean, "prototypes")).astype(x.dtype), known
+
+
+def _exact(
+    maxima: np.ndarray, found: np.ndarray, mated: int, fpir: Sequence[float]
+) -> tuple[dict[float, float], float]:
+    """Thresholds and AUC as `open_set` defines them, from the scores of mates within the rank."""
     kept_out = np.sort(maxima)[::-1]
-    found = np.sort(score[ranks <= rank])
-    # [U + 1]: TPIR when k unmated probes may be admitted, the (k + 1)-th being kept out.
-    beaten = np.searchsorted(found, np.append(kept_out, -np.inf), side="right")
-    tpir_at = (len(found) - beaten) / len(score)
-    tpir: dict[float, float] = {}
     threshold: dict[float, float] = {}
     for f in fpir:
         admitted = whole(f * len(maxima))
         if admitted < 1:
-            tpir[f] = threshold[f] = float("nan")
-            continue
-        tpir[f] = float(tpir_at[admitted])
-        all_admitted = admitted == len(maxima)
-        threshold[f] = -np.inf if all_admitted else float(np.nextafter(kept_out[admitted], np.inf))
-    return OpenSet(
-        tpir=tpir,
-        threshold=threshold,
-        auc=float(tpir_at[:-1].mean()),
-        rank=ranks,
-        score=score,
-        unmated_score=maxima,
-    )
+            threshold[f] = float("nan")
+        elif admitted == len(maxima):
+            threshold[f] = -np.inf
+        else:
+            threshold[f] = float(np.nextafter(kept_out[admitted], np.inf))
+    # The TPIR where k unmated probes may be admitted and the (k + 1)-th is kept out, k < U.
+    beaten = np.searchsorted(np.sort(found), kept_out, side="right")
+    return threshold, float((len(found) - beaten).mean() / mated)
+
+
+def _steps(
+    maxima: np.ndarray, found: np.ndarray, mated: int, lowest: float, fpir: Sequence[float]
+) -> tuple[dict[float, float], float]:
+    """The same by the rule of compat="btnet"."""
+    steps = np.linspace(min(lowest, maxima.min()), maxima.max(), STEPS)
+
+    def above(scores: np.ndarray) -> np.ndarray:
+        return len(scores) - np.searchsorted(np.sort(scores), steps, side="right")
+
+    rate, tpir = above(maxima) / len(maxima), above(found) / mated
+    nearest = {f: float(steps[np.abs(rate - f).argmin()]) for f in fpir}
+    return nearest, float(-np.trapezoid(tpir, rate))
 
 
 def _search(
@@ -180,20 +256,25 @@ def _search(
 
 
 def _tiles(probes: np.ndarray, gallery: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows, columns, cosines [rows, columns]) that cover probes x gallery."""
+    """(rows, columns, cosines [rows, columns]) that cover probes x gallery.
+
+    The next tile is written where the last one was.
+    """
+    room = np.empty(min(PROBES, len(probes)) * min(GALLERY, len(gallery)))
     for c in range(0, len(gallery), GALLERY):
         columns = slice(c, min(c + GALLERY, len(gallery)))
         block = unit_rows(gallery[columns]).T
         for r in range(0, len(probes), PROBES):
             rows = slice(r, min(r + PROBES, len(probes)))
-            yield rows, columns, _rounded(unit_rows(probes[rows]) @ block)
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            tile = room[: shape[0] * shape[1]].reshape(shape)
+            yield rows, columns, _rounded(np.matmul(unit_rows(probes[rows]), block, out=tile))
 
 
 def _rounded(cosines: np.ndarray) -> np.ndarray:
-    """In place, to a multiple of 2^-40: exact in binary, so equal multiples are equal floats."""
-    cosines *= 2.0**40
-    np.rint(cosines, out=cosines)
-    cosines *= 2.0**-40
+    """In place, to a multiple of 2^-40, the distance of two floats between 2^12 and 2^13."""
+    cosines += 6144.0
+    cosines -= 6144.0
     return cosines
 
 

@@ -93,6 +93,31 @@ def paired_p(
     return float((1 + np.count_nonzero(np.abs(noise) >= abs(observed) - slack)) / (resamples + 1))
 
 
+def compare(
+    a: torch.Tensor | ArrayLike,
+    b: torch.Tensor | ArrayLike,
+    groups: torch.Tensor | ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """(interval of mean(a - b), two-sided p-value of "it is 0") of two models on the same items.
+
+    a, b [N] in one order: what the evaluators give as `correct`, or any score of an item. Hits and
+    misses (bool) of independent items (no groups) are compared by McNemar's exact test: of the
+    items that one model alone gets right, either has half under the null (1 where there are none).
+    All else by `paired_p`.
+    """
+    x, y = as_array(a), as_array(b)
+    interval = paired(x, y, groups, resamples=resamples, level=level, seed=seed)
+    if groups is None and x.dtype == y.dtype == bool:
+        ahead, behind = np.count_nonzero(x & ~y), np.count_nonzero(y & ~x)
+        p = stats.binomtest(ahead, ahead + behind).pvalue if ahead + behind else 1.0
+        return interval, float(p)
+    return interval, paired_p(x, y, groups, resamples=resamples, seed=seed)
+
+
 def paired_seeds(
     a: torch.Tensor | ArrayLike,
     b: torch.Tensor | ArrayLike,

@@ -11,22 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.data import procedural
-from shared.data.sets import Evaluation
+from shared.data.pipeline import Images
+from shared.data.protocols import Evaluation
 from shared.degrade import to_float, to_uint8
-from shared.evaluate.classify import classification
-from shared.evaluate.identify import closed_set, open_set
+from shared.evaluate.classify import Classification, classification
+from shared.evaluate.identify import closed_set, open_set, prototypes
 from shared.evaluate.intervals import Interval, bootstrap
-from shared.evaluate.verify import flip_sum, histogram_statistics, verification
+from shared.evaluate.probe import linear_probe
+from shared.evaluate.retrieve import recall_at_k
+from shared.evaluate.verify import Verification, flip_sum, histogram_statistics, verification
 
 BATCH = 500  # images a forward pass; larger ones are no faster on a CPU
 
-# The columns of a result table, per task: key, heading.
-COLUMNS = {
-    "faces": {"verification": "verification", "rank1": "rank-1"},
-    "objects": {"top1": "top-1"},
+# Headings of a result table's columns: the outcomes that a score may have.
+HEADINGS = {
+    "verification": "verification",
+    "rank1": "rank-1",
+    "tpir20_at_fpir_0.1": "TPIR20 at FPIR .1",
+    "recall1": "recall@1",
+    "top1": "top-1",
 }
-# The column that picks the best epoch on the development split.
-HEADLINE = {"faces": "rank1", "objects": "top1"}
+ALARM = 0.1  # the FPIR of the column
 
 
 @dataclass(frozen=True)
@@ -34,32 +39,46 @@ class Score:
     """What a network scored: numbers in percent, and the items behind the first ones.
 
     correct[column] is a bool [items]; groups[column] the identity (objects: the image) of each
-    item, by which intervals resample. extra: "embeddings" [N, D] (objects: logits), for faces
-    "scores" [P] of the pairs and their "threshold".
+    item, by which intervals resample; `unit` says what these are. extra: "embeddings" [N, D]
+    (objects: logits), and where there are pairs their "scores" [P] and "threshold".
     """
 
     metrics: dict[str, float]
     correct: dict[str, np.ndarray]
     groups: dict[str, np.ndarray]
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    unit: str = "identities"
+
+    @property
+    def headline(self) -> str:
+        """The column that picks the best epoch: rank-1 where there is one (it separates better)."""
+        return "rank1" if "rank1" in self.correct else next(iter(self.correct))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Heading of each column of a result table."""
+        return {column: HEADINGS[column] for column in self.correct}
 
     def interval(self, column: str) -> Interval:
-        """95 % bootstrap interval by identity, in percent."""
+        """95 % bootstrap interval, in percent."""
         found = bootstrap(self.correct[column].astype(float) * 100, self.groups[column])
         return Interval(self.metrics[column], found.low, found.high)
 
 
 @torch.inference_mode()
-def embed(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+def embed(
+    network: Callable[[Tensor], Tensor], images: Images, *, mirror: bool = False
+) -> tuple[Tensor, Tensor]:
     """Outputs of `network` (uint8 HR [B,3,S,S] -> [B, D]) on every image and on its mirror image.
 
-    Returns two [N, D] float32 tensors; rows of images that could not be decoded repeat another's.
+    Returns two float32 tensors [N, D], the second one empty without `mirror`. Rows of images that
+    could not be decoded repeat another's.
     """
-    spans = list(torch.arange(len(evaluation.images)).split(BATCH))
+    spans = list(torch.arange(len(images)).split(BATCH))
     plain, mirrored = [], []
-    for _, pixels in evaluation.images.batches(spans):
+    for _, pixels in images.batches(spans):
         plain.append(network(pixels).float().cpu())
-        if evaluation.task == "faces":
+        if mirror:
             mirrored.append(network(pixels.flip(-1)).float().cpu())
     return torch.cat(plain), torch.cat(mirrored) if mirrored else torch.empty(0)
 
@@ -97,40 +116,79 @@ def score_native(
 
 
 def score(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> Score:
-    """Faces: 10-fold verification and rank-k identification of e(x) + e(flip x), by cosine.
-    Objects: top-1 and top-5 of the logits. See `embed` for `network`."""
-    out, mirrored = embed(network, evaluation)
-    labels = evaluation.images.labels.cpu().numpy()
+    """By the protocols that the evaluation has the parts of. See `embed` for `network`.
+
+    pairs: 10-fold verification. gallery and probes: rank-k and mAP; with unmated probes TPIR at
+    FPIR, against one prototype for each identity. recall_at: Recall@K, all against all. fit: a
+    linear classifier on frozen features. None of them: top-k of the logits. Cosines throughout; of
+    e(x) + e(flip x) where `evaluation.mirror` says so.
+    """
+    images = evaluation.images
+    out, mirrored = embed(network, images, mirror=evaluation.mirror)
+    labels = images.labels.cpu().numpy()
+    if evaluation.fit is not None:
+        features, _ = embed(network, evaluation.fit)
+        taught = evaluation.fit.labels.cpu()
+        probed = linear_probe(features, taught, out, labels, classes=int(taught.max()) + 1)
+        return _classified(probed.test, out)
     if evaluation.task == "objects":
-        found = classification(out, labels)
-        metrics = {f"top{k}": 100 * v for k, v in found.top.items()}
-        items = {"top1": np.arange(len(labels))}
-        return Score(metrics, {"top1": found.correct}, items, {"embeddings": out.numpy()})
-    assert evaluation.pairs is not None
-    assert evaluation.gallery is not None and evaluation.probes is not None
-    e = torch.as_tensor(flip_sum(out, mirrored))
-    first, second, same = evaluation.pairs
-    pairs = verification(e[first], e[second], same)
-    gallery, probes = evaluation.gallery.numpy(), evaluation.probes.numpy()
-    search = closed_set(e[probes], labels[probes], e[gallery], labels[gallery])
-    margin, overlap = histogram_statistics(pairs.scores, same.numpy())
+        return _classified(classification(out, labels), out)
+    raw = out + mirrored if evaluation.mirror else out
+    e = flip_sum(out, mirrored) if evaluation.mirror else out
+    metrics: dict[str, float] = {}
+    correct: dict[str, np.ndarray] = {}
+    groups: dict[str, np.ndarray] = {}
+    extra, unit = {"embeddings": e.numpy()}, "identities"
+    if evaluation.pairs is not None:
+        first, second, same = evaluation.pairs
+        pairs = verification(e[first], e[second], same)
+        metrics |= _verified(pairs)
+        correct["verification"] = pairs.correct
+        named = len(np.unique(labels)) > 1  # a .bin names nobody
+        groups["verification"] = labels[first.numpy()] if named else np.arange(len(first))
+        unit = "identities" if named else "pairs"
+        extra |= {"scores": pairs.scores, "threshold": np.array(pairs.threshold)}
+    if evaluation.gallery is not None and evaluation.probes is not None:
+        known, asked = labels[evaluation.gallery.numpy()], labels[evaluation.probes.numpy()]
+        gallery, probes = e[evaluation.gallery].numpy(), e[evaluation.probes].numpy()
+        if evaluation.unmated is not None:
+            gallery, known = prototypes(raw[evaluation.gallery], known)
+            opened = open_set(probes, asked, e[evaluation.unmated], gallery, known)
+            metrics |= {f"tpir20_at_fpir_{f:g}": 100 * v for f, v in opened.tpir.items()}
+            metrics["tpir20_fpir_auc"] = 100 * opened.auc
+            if ALARM in opened.found:  # 10 unmated probes or more
+                column = f"tpir20_at_fpir_{ALARM:g}"
+                correct[column], groups[column] = opened.found[ALARM], asked
+        search = closed_set(probes, asked, gallery, known)
+        metrics |= {f"rank{k}": 100 * v for k, v in search.cmc.items()} | {"map": 100 * search.map}
+        correct["rank1"], groups["rank1"] = search.correct, asked
+    if evaluation.recall_at:
+        found = recall_at_k(e, labels, ks=evaluation.recall_at)
+        metrics |= {f"recall{k}": 100 * v for k, v in found.recall.items()}
+        metrics |= {"r_precision": 100 * found.r_precision, "map_at_r": 100 * found.map_at_r}
+        correct["recall1"], groups["recall1"] = found.correct, labels
+    return Score(metrics, correct, groups, extra, unit)
+
+
+def _classified(found: Classification, out: Tensor) -> Score:
+    metrics = {f"top{k}": 100 * v for k, v in found.top.items()}
+    items = {"top1": np.arange(len(found.correct))}
+    extra = {"embeddings": out.numpy()}
+    return Score(metrics, {"top1": found.correct}, items, extra, "images")
+
+
+def _verified(pairs: Verification) -> dict[str, float]:
+    margin, overlap = histogram_statistics(pairs.scores, pairs.same)
     metrics = {
         "verification": 100 * pairs.accuracy,
         "verification_std": 100 * pairs.std,
         "verification_best": 100 * pairs.best_accuracy,
         "auc": 100 * pairs.auc,
         "eer": 100 * pairs.eer,
-        **{f"rank{k}": 100 * v for k, v in search.cmc.items()},
-        "map": 100 * search.map,
         "margin": margin,
         "overlap": overlap,
     }
     for far in (1e-2, 1e-3):
-        if (~same).sum() * far >= 1:  # fewer negatives cannot resolve it
+        if (~pairs.same).sum() * far >= 1:  # fewer negatives cannot resolve it
             metrics[f"tar_at_far_{far:g}"] = 100 * pairs.tar_at(far)
-    return Score(
-        metrics,
-        {"verification": pairs.correct, "rank1": search.correct},
-        {"verification": labels[first.numpy()], "rank1": labels[probes]},
-        {"scores": pairs.scores, "embeddings": e.numpy(), "threshold": np.array(pairs.threshold)},
-    )
+    return metrics

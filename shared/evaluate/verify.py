@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from shared.evaluate.intervals import as_array
+from shared.evaluate.intervals import Interval, as_array, bootstrap
 
 Embeddings = TypeVar("Embeddings", torch.Tensor, np.ndarray)
 
@@ -32,6 +32,15 @@ class Verification:
     same: np.ndarray  # [P] bool, the truth
     correct: np.ndarray  # [P] bool, the decision at the threshold of the pair's fold is right
     fold: np.ndarray  # [P] int
+
+    def interval(self, groups: torch.Tensor | ArrayLike | None = None) -> Interval:
+        """95 % bootstrap interval of the share of pairs that are decided right, thresholds fixed.
+
+        By pair, or by identity where groups [P] name one for each pair, such as that of its first
+        image (a negative pair has two; the other one is not resampled). Its mean is `accuracy`
+        where folds are of one size.
+        """
+        return bootstrap(self.correct, groups)
 
     def tar_at(self, far: float) -> float:
         """The highest true accept rate of any threshold whose false accept rate is <= far.
@@ -215,8 +224,11 @@ def flip_sum(e: Embeddings, e_flip: Embeddings) -> Embeddings:
     return unit_rows(total).astype(np.result_type(e.dtype, np.float32))
 
 
-def embedding_rows(e: torch.Tensor | ArrayLike, name: str) -> np.ndarray:
-    """Embeddings as an array [N, D] of float32 or float64; ValueError names the first bad row."""
+def embedding_rows(e: torch.Tensor | ArrayLike, name: str, *, zeros: bool = False) -> np.ndarray:
+    """Embeddings as an array [N, D] of float32 or float64; ValueError names the first bad row.
+
+    zeros: rows of norm zero are let through, for distances.
+    """
     x = as_array(e)
     if x.ndim != 2 or x.size == 0:
         raise ValueError(f"{name}: shape {x.shape}, needs embeddings [N, D] and at least one row")
@@ -228,7 +240,7 @@ def embedding_rows(e: torch.Tensor | ArrayLike, name: str) -> np.ndarray:
             f"{finite.argmin()}; check the network's outputs"
         )
     nonzero = x.any(axis=1)
-    if not nonzero.all():
+    if not (zeros or nonzero.all()):
         raise ValueError(
             f"{name}: {np.count_nonzero(~nonzero)} rows of norm zero, first row "
             f"{nonzero.argmin()}; an all-zero embedding has no direction to compare"

@@ -112,6 +112,7 @@ def make(
         shape = (5, 2, 3, HR, HR)
         arrays["examples/images"] = rng.integers(0, 256, shape).astype(np.uint8)
     record = {"schema": 1, "evaluation": "test", "task": task, "columns": columns}
+    record |= {"headline": "rank1" if faces else "top1", "unit": "identities"}
     record |= {"reference": reference, "rows": rows}
     (folder / "config.json").write_text(json.dumps(config()))
     (folder / "results.json").write_text(json.dumps(record))

@@ -114,10 +114,18 @@ def test_prepared_stops_at_or_skips_what_cannot_be_decoded(tmp_path) -> None:
     mixed = Encoded("pack", [good, good[:50], good, b""], [5, 6, 7, 8])
     with pytest.raises(ValueError, match="pack#1: not a readable image"):
         prepared(mixed, Data(), 8)
-    images, skipped = prepared(mixed, Data(), 8, on_error="skip")
-    assert images.labels.tolist() == [5, 7] and skipped == ["pack#1", "pack#3"]
-    with pytest.raises(ValueError, match="none of 2 images can be decoded"):
-        prepared(Encoded("pack", [b"", b""]), Data(), 8, on_error="skip")
+    skip = Data(on_error="skip")
+    with pytest.raises(ValueError, match="pack#1: "):  # a protocol can miss no image
+        prepared(mixed, skip, 8)
+    with pytest.raises(ValueError, match="pack#1: .*--data.on-error skip leaves such images out"):
+        prepared(mixed, Data(), 8, role="training")
+    for data in (skip, replace(skip, resident_gib=0.0, workers=0)):
+        images, left_out = prepared(mixed, data, 8, role="held out")
+        assert images.labels.tolist() == [5, 7] and len(images) == 2
+        assert [message[:7] for message in left_out] == ["pack#1:", "pack#3:"]
+        assert len(next(images.batches([torch.arange(2)]))[1]) == 2
+    with pytest.raises(ValueError, match="none of 2 images can be decoded; the first: pack#0"):
+        prepared(Encoded("pack", [b"", b""]), skip, 8, role="held out")
 
 
 def test_items_travel_to_worker_processes(tmp_path) -> None:

@@ -17,7 +17,8 @@ from shared.data.pipeline import (
     normalise,
     upsampled_input,
 )
-from shared.degrade import downsample, low, to_float
+from shared.data.samplers import PKSampler
+from shared.degrade import downsample, keys, low, realistic, to_float
 
 CPU = torch.device("cpu")
 DATA = Data(hr=16, lr=4, shift=2, shift_step=1)
@@ -233,3 +234,37 @@ def test_downsample_refuses_what_it_cannot_do() -> None:
         downsample(torch.zeros(1, 3, 16, 16), 17)
     with pytest.raises(ValueError, match="float images"):
         downsample(pixels(1), 4)
+
+
+def test_a_p_x_k_sampler_orders_the_batches_of_every_rank() -> None:
+    labels = torch.arange(24) % 6
+    images = Resident(pixels(24), labels)
+    samplers = [PKSampler(labels, 4, 3, seed=1, rank=r, world=2) for r in (0, 1)]
+    loaders = [
+        Loader(images, DATA, 12, seed=1, device=CPU, rank=r, world=2, sampler=s)
+        for r, s in enumerate(samplers)
+    ]
+    for first, second in zip(loaders[0].epoch(3), loaders[1].epoch(3), strict=True):
+        y = torch.cat([first.y, second.y])
+        assert y.view(4, 3).eq(y.view(4, 3)[:, :1]).all() and len(y[::3].unique()) == 4
+        assert torch.equal(first.y, labels[first.index])
+        assert first.x_l().shape == (6, 3, 4, 4)
+    with pytest.raises(ValueError, match="a batch of 10 is not 4 classes x 3 images"):
+        Loader(images, DATA, 10, seed=1, device=CPU, sampler=samplers[0])
+
+
+def test_realistic_views_can_be_replayed_and_change_with_the_epoch() -> None:
+    data = replace(DATA, degradation="realistic", shift=0, flip=False)
+    images = Resident(pixels(8), torch.arange(8))
+    loader = Loader(images, data, 4, seed=3, device=CPU)
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for epoch in (0, 1):
+        for batch in loader.epoch(epoch):
+            seen |= {(epoch, int(i)): x for i, x in zip(batch.index, batch.x_l(), strict=True)}
+    for batch in Loader(images, data, 2, seed=3, device=CPU).epoch(1):
+        for i, x in zip(batch.index, batch.x_l(), strict=True):
+            assert torch.equal(x, seen[1, int(i)])  # whatever batch it is in
+            assert not torch.equal(x, seen[0, int(i)])
+    x = to_float(images.pixels[:1])
+    expected = realistic(x, 4, keys(3, torch.tensor([0]), 1), mode="bicubic", antialias=True)
+    assert torch.allclose(seen[1, 0] * 0.5 + 0.5, expected[0], atol=1e-6)

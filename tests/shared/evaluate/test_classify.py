@@ -70,3 +70,15 @@ def test_bad_input_is_refused(logits, labels, words):
 def test_k_below_one_is_refused():
     with pytest.raises(ValueError, match="topk"):
         classification([[0.0, 1.0]], [0], topk=(0,))
+
+
+def test_interval_is_by_image_or_by_group():
+    rng = np.random.default_rng(0)
+    groups = np.arange(600) // 20  # thirty videos, of which a model gets all frames or none
+    logits = np.eye(4)[np.where(rng.random(30) < 0.7, 1, 2)[groups]]
+    result = classification(logits, np.ones(600, dtype=int))
+    by_image, by_video = result.interval(), result.interval(groups)
+    assert by_image.mean == by_video.mean == result.top[1]
+    half = 1.96 * np.sqrt(result.top[1] * (1 - result.top[1]) / 600)
+    assert by_image.high - by_image.low == pytest.approx(2 * half, rel=0.1)
+    assert by_video.high - by_video.low == pytest.approx(2 * half * 20**0.5, rel=0.2)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.evaluate import identify
-from shared.evaluate.identify import closed_set, open_set
+from shared.evaluate.identify import closed_set, open_set, prototypes
 
 
 def plane(cosines):
@@ -217,3 +217,90 @@ def test_bad_input_is_refused():
         open_set(eye, [0, 1, 2], eye, eye, [0, 1, 2], fpir=(0.0,))
     with pytest.raises(ValueError, match="unmated: shape"):
         open_set(eye, [0, 1, 2], np.zeros((0, 3)), eye, [0, 1, 2])
+
+
+def test_intervals_are_by_probe_or_by_identity():
+    rng = np.random.default_rng(0)
+    centre, ids = rng.normal(size=(40, 16)), np.repeat(np.arange(40), 10)
+    noise = rng.uniform(0.3, 2.5, size=40)[ids, None]  # people differ: their probes fail together
+    probes, unmated = centre[ids] + noise * rng.normal(size=(400, 16)), rng.normal(size=(100, 16))
+    closed = closed_set(probes, ids, centre, np.arange(40))
+    opened = open_set(probes, ids, unmated, centre, np.arange(40), fpir=(0.3, 0.001))
+    for interval, mean in (
+        (closed.interval, closed.cmc[1]),
+        (lambda groups=None: opened.interval(0.3, groups), opened.tpir[0.3]),
+    ):
+        by_probe, by_identity = interval(), interval(ids)
+        assert by_probe.mean == by_identity.mean == pytest.approx(mean)
+        half = 1.96 * np.sqrt(mean * (1 - mean) / 400)
+        assert by_probe.high - by_probe.low == pytest.approx(2 * half, rel=0.1)
+        assert by_identity.high - by_identity.low > 1.3 * (by_probe.high - by_probe.low)
+    # 0.001 is finer than 100 unmated probes show; 0.2 was not asked for.
+    for target in (0.001, 0.2):
+        with pytest.raises(ValueError, match=f"fpir={target}: no TPIR at it, there are .0.3."):
+            opened.interval(target)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 20]))
+@settings(max_examples=25, deadline=None)
+def test_btnet_mode_matches_a_literal_loop_of_its_rule(seed, rank):
+    rng = np.random.default_rng(seed)
+    gallery, ids = rng.normal(size=(12, 4)), np.arange(12) % 7
+    mated_ids = rng.integers(0, 7, size=15)
+    mated, unmated = gallery[mated_ids] + rng.normal(size=(15, 4)), rng.normal(size=(30, 4))
+    targets = (0.3, 0.2, 0.1, 0.01)
+    result = open_set(
+        mated, mated_ids, unmated, gallery, ids, rank=rank, fpir=targets, compat="btnet"
+    )
+
+    known = [sorted(((cosine(p, g), i) for g, i in zip(gallery, ids, strict=True)), reverse=True)
+             for p in mated]  # fmt: skip
+    known = [row[:rank] for row in known]
+    maxima = [max(cosine(u, g) for g in gallery) for u in unmated]
+    low = min(min(s for row in known for s, _ in row), min(maxima))
+    points = []
+    for step in range(1000):
+        t = low + (max(maxima) - low) * step / 999
+        far = sum(m > t + 1e-12 for m in maxima) / 30
+        hits = [
+            any(i == own and s > t + 1e-12 for s, i in row)
+            for row, own in zip(known, mated_ids, strict=True)
+        ]
+        points.append((t, sum(hits) / 15, far))
+    for target in targets:
+        t, tpir, _ = min(points, key=lambda p: abs(p[2] - target))
+        assert result.tpir[target] == pytest.approx(tpir)
+        assert result.threshold[target] == pytest.approx(t, abs=1e-9)
+        assert result.found[target].mean() == pytest.approx(tpir)
+    area = sum((a[1] + b[1]) / 2 * (a[2] - b[2]) for a, b in zip(points, points[1:], strict=False))
+    assert result.auc == pytest.approx(area)
+    with pytest.raises(ValueError, match="compat='btn'"):
+        open_set(mated, mated_ids, unmated, gallery, ids, compat="btn")
+
+
+def test_btnet_mode_may_overshoot_the_rate_that_the_exact_threshold_keeps():
+    # Unmated maxima 0 to .99: one linear step can pass several, so the nearest lies on either side.
+    cosines = np.concatenate([np.full(60, 0.7), np.full(40, 0.2)])
+    unmated = plane(cosines)
+    exact = open_set(PROBE, [1], unmated, PROBE, [1], fpir=(0.5,))
+    steps = open_set(PROBE, [1], unmated, PROBE, [1], fpir=(0.5,), compat="btnet")
+    assert (exact.unmated_score >= exact.threshold[0.5]).mean() == 0
+    assert (steps.unmated_score > steps.threshold[0.5]).mean() == pytest.approx(0.6)
+
+
+def test_prototypes_are_means_of_raw_embeddings_and_then_unit():
+    rng = np.random.default_rng(0)
+    x, ids = rng.normal(size=(30, 5)).astype(np.float32), rng.integers(3, 9, size=30)
+    found, known = prototypes(torch.tensor(x), torch.tensor(ids))
+    assert known.tolist() == sorted(set(ids.tolist())) and found.dtype == np.float32
+    for row, i in zip(found, known, strict=True):
+        mean = sum(v.astype(float) for v, own in zip(x, ids, strict=True) if own == i)
+        mean = mean / (ids == i).sum()
+        assert np.allclose(row, mean / np.sqrt((mean**2).sum()), atol=1e-6)
+    found, known = prototypes([[3.0, 0.0], [0.0, 1.0], [0.0, 2.0]], ["b", "b", "a"])
+    assert known.tolist() == ["a", "b"]
+    assert np.allclose(found, [[0, 1], [3 / 10**0.5, 1 / 10**0.5]])  # the longer one weighs more
+    with pytest.raises(ValueError, match="prototypes: 1 rows of norm zero, first row 0"):
+        prototypes([[1.0, 0.0], [-1.0, 0.0]], [4, 4])
+    with pytest.raises(ValueError, match="ids: shape"):
+        prototypes(np.eye(3), [1, 2])

@@ -8,6 +8,7 @@ from scipy import stats
 from shared.evaluate import intervals
 from shared.evaluate.intervals import (
     bootstrap,
+    compare,
     holm,
     mean_interval,
     paired,
@@ -192,3 +193,30 @@ def test_holm_rejects_as_the_step_down_procedure_does(p):
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_compare_of_hits_and_misses_is_mcnemar_by_hand():
+    # One model alone is right 8 times, the other once: 2 (C(9,0) + C(9,1)) / 2^9.
+    a = np.array([True] * 8 + [False] + [True] * 30 + [False] * 20)
+    b = np.array([False] * 8 + [True] + [True] * 30 + [False] * 20)
+    difference, p = compare(a, torch.tensor(b))
+    assert p == pytest.approx(2 * (1 + 9) / 2**9)
+    assert difference == paired(a, b) and difference.mean == pytest.approx(7 / 59)
+    assert compare(b, a)[1] == p and compare(a, a)[1] == 1
+
+
+def test_compare_of_groups_or_scores_is_the_paired_bootstrap():
+    rng = np.random.default_rng(11)
+    a, b, groups = rng.random(60) < 0.6, rng.random(60) < 0.5, np.arange(60) // 4
+    assert compare(a, b, groups) == (paired(a, b, groups), paired_p(a, b, groups))
+    x = rng.normal(size=60)
+    assert compare(x, b, seed=3) == (paired(x, b, seed=3), paired_p(x, b, seed=3))
+    with pytest.raises(ValueError, match="same items"):
+        compare(a, b[:59])
+
+
+def test_compare_of_one_identity_after_the_other_does_not_count_its_images_as_independent():
+    # 40 images of the same two people decide all: by image certain, by identity nothing.
+    groups = np.arange(400) // 20
+    a, b = groups < 12, groups < 10
+    assert compare(a, b)[1] < 1e-9 and compare(a, b, groups)[1] > 0.05

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.evaluate.intervals import compare
 from shared.evaluate.verify import (
     best_threshold,
     flip_sum,
@@ -316,3 +317,50 @@ def test_histogram_overlap_is_one_for_equal_and_zero_for_separate_distributions(
     assert histogram_statistics(split, same)[1] == 0
     with pytest.raises(ValueError, match="cosines"):
         histogram_statistics([2.0, 0.0], [True, False])
+
+
+def test_the_grid_loses_whole_points_where_distances_are_small():
+    # One overlap of positives and negatives, at its own size and with all distances x .01.
+    rng = np.random.default_rng(0)
+    same = np.arange(2000) % 2 == 0
+    distance = rng.normal(np.where(same, 0.9, 1.6), 0.2)  # apart at 1.25; x .01 between two steps
+    accuracy = {}
+    for factor in (1, 0.01):
+        pairs = at_cosines(1 - factor * distance / 2)  # |a - b|^2 = 2 - 2 cos
+        accuracy[factor] = [
+            verification(*pairs, same, compat=compat).accuracy for compat in (None, "insightface")
+        ]
+    assert accuracy[0.01][0] == pytest.approx(accuracy[1][0])  # the exact sweep does not mind
+    assert accuracy[1][1] == pytest.approx(accuracy[1][0], abs=0.01)
+    assert accuracy[1][0] > 0.95 and accuracy[0.01][1] < accuracy[0.01][0] - 0.1
+
+
+def test_a_fold_of_one_class_is_scored_where_the_others_hold_both():
+    e1, e2 = at_cosines([0.9, 0.8, 0.9, 0.1, 0.2, 0.9])
+    result = verification(e1, e2, [1, 1, 1, 0, 0, 1], folds=3)
+    assert result.accuracy == 1 and result.fold.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_interval_is_by_pair_or_by_identity():
+    e1, e2, same = noisy_pairs(600, dim=16, noise=1.5)
+    result = verification(e1, e2, same)
+    by_pair = result.interval()
+    assert by_pair.mean == pytest.approx(result.accuracy)
+    half = 1.96 * np.sqrt(result.accuracy * (1 - result.accuracy) / 600)
+    assert by_pair.high - by_pair.low == pytest.approx(2 * half, rel=0.1)
+    # Every pair ten times over is no more evidence when all ten are of one identity.
+    again = verification(np.repeat(e1, 10, 0), np.repeat(e2, 10, 0), np.repeat(same, 10))
+    by_identity = again.interval(np.repeat(np.arange(600), 10))
+    assert by_identity.high - by_identity.low == pytest.approx(2 * half, rel=0.1)
+    assert again.interval().high - again.interval().low < half
+
+
+def test_two_models_on_the_same_pairs_are_compared_pair_by_pair():
+    e1, e2, same = noisy_pairs(1000, dim=16, noise=1.2)
+    blurred = e2.copy()
+    blurred[::30] = np.random.default_rng(1).normal(size=blurred[::30].shape)  # positives
+    good, bad = verification(e1, e2, same), verification(e1, blurred, same)
+    difference, p = compare(good.correct, bad.correct)
+    assert difference.mean == pytest.approx(good.accuracy - bad.accuracy)
+    assert difference.low > 0 and p < 0.001
+    assert bad.interval().high > good.interval().low  # apart, the two intervals do not show it

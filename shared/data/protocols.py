@@ -1,0 +1,226 @@
+"""What a trained network is scored on: images, and the parts of the protocols that apply to them.
+
+The public test sets by name, from the files they are published as: `TEST_SETS`. Licences, layouts
+and what to download: docs/data.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.config import Data
+from shared.data import align, classification, faces, identification, procedural, retrieval
+from shared.data.items import Items, Joined
+from shared.data.pipeline import Images, prepared
+
+Task = Literal["faces", "objects"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images and what they are scored by; numbers are of images. See shared.evaluate.score.
+
+    faces networks give embeddings, objects networks logits. A protocol applies where its parts are
+    there: verification of `pairs` (first [P], second [P], same [P]; folds in order), rank-k of
+    `probes` in `gallery`, TPIR at FPIR with `unmated` probes besides, Recall@K of all images
+    (`recall_at`), a linear classifier fitted on frozen features of `fit`.
+    """
+
+    name: str
+    task: Task
+    images: Images
+    pairs: tuple[Tensor, Tensor, Tensor] | None = None
+    gallery: Tensor | None = None
+    probes: Tensor | None = None
+    unmated: Tensor | None = None
+    recall_at: tuple[int, ...] = ()  # the K of retrieval's Recall@K
+    fit: Images | None = None
+    mirror: bool = False  # the mirror image's embedding is added
+    alignment: str = ""  # how faces were cut out, where that is known; see `placed`
+    landmarks: Mapping[str, int] = field(default_factory=dict)  # how many faces had some
+
+
+def public_set(name: str, path: Path, data: Data) -> Evaluation:
+    """The public test set `name` at `path`, at the sizes and with the alignment of `data`.
+
+    Raises ValueError for an unknown name, missing or damaged files, and counts that differ from
+    the published ones while `data.counts` is "published".
+    """
+    if name not in TEST_SETS:
+        raise ValueError(f"no test set {name!r} (there are: {', '.join(TEST_SETS)})")
+    if not path.exists():
+        raise ValueError(f"{name}: {path}: no such file or folder")
+    return TEST_SETS[name](path, data)
+
+
+def placed(items: Items, data: Data) -> tuple[Items, str]:
+    """Faces cut out as `data` says, and the name of that: what a network and its data must share.
+
+    "arcface": five landmarks on ArcFace's template, by the data set's makers; "arcface:POLICY": by
+    the file `data.landmarks`, with the policy for faces that it lacks. "box+M": the data set's
+    boxes with `data.margin` M. "whole": images as they are.
+    """
+    if getattr(items, "aligned", False):
+        return items, "arcface"
+    if data.landmarks:
+        points = align.read_landmarks(Path(data.landmarks).expanduser())
+        cut = align.Aligned(items, points, policy=data.no_landmarks, size=data.hr)
+        return cut, f"arcface:{data.no_landmarks}"
+    if getattr(items, "boxes", None) is not None:
+        return align.Cropped(items, margin=data.margin), f"box+{data.margin:g}"
+    return items, "whole"
+
+
+def check_alignment(trained: str, evaluation: Evaluation, data: Data) -> None:
+    """ValueError where faces are scored that are cut out otherwise than those trained on."""
+    scored = evaluation.alignment
+    known = trained and scored and not data.any_alignment
+    if known and trained.partition(":")[0] != scored.partition(":")[0]:
+        raise ValueError(
+            f"{evaluation.name}: faces are cut out as {scored!r}, those trained on as {trained!r}; "
+            "align them alike (--landmarks FILE.csv, --margin), or accept it: --any-alignment"
+        )
+
+
+def face_folders(name: str, images: Images) -> Evaluation:
+    """Pairs of identity-disjoint folds, and the first image of everybody as the gallery."""
+    first, second, same = map(torch.as_tensor, _drawn_pairs(images.labels.numpy()))
+    return replace(identities(name, images), pairs=(first, second, same))
+
+
+def identities(name: str, images: Images) -> Evaluation:
+    """Identification: the first image of everybody is the gallery, the others are probes."""
+    gallery, probes = procedural.gallery_probes(images.labels.numpy())
+    if not len(probes):
+        raise ValueError(f"{name}: nobody has a second image, so nobody can be looked for")
+    return Evaluation(
+        name=name,
+        task="faces",
+        images=images,
+        gallery=torch.as_tensor(gallery),
+        probes=torch.as_tensor(probes),
+        mirror=True,
+    )
+
+
+def _drawn_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """6,000 pairs as in LFW, or as many as the images allow."""
+    for count in (6000, 3000, 1200, 600, 200):
+        try:
+            return procedural.pairs(labels, count=count)
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"too few images for a verification protocol of 10 folds: {reason}")
+
+
+# -- the public ones -----------------------------------------------------------------------------
+
+
+def _whole(items: Items, data: Data) -> tuple[Items, str]:
+    """`placed` for a protocol, which names images by number and can miss none."""
+    if data.landmarks and data.no_landmarks == "drop":
+        raise ValueError(
+            "--data.no-landmarks drop: a protocol needs all of its images; say centre-crop or error"
+        )
+    return placed(items, data)
+
+
+def _pairs(pairs: faces.Pairs, data: Data, alignment: str = "", **fitting: Any) -> Evaluation:
+    items, found = _whole(pairs.items, data)
+    images, _ = prepared(items, data, **({"size": data.hr} | fitting))
+    first, second, same = map(torch.as_tensor, (pairs.first, pairs.second, pairs.same))
+    return Evaluation(
+        name=pairs.name,
+        task="faces",
+        images=images,
+        pairs=(first, second, same),
+        mirror=True,
+        alignment=alignment or found,
+        landmarks=getattr(items, "report", {}),
+    )
+
+
+def _bin(path: Path, data: Data) -> Evaluation:
+    pairs = faces.bin_pairs(path, counts=data.counts)
+    return _pairs(pairs, data, alignment="arcface")  # the format is InsightFace's, of aligned crops
+
+
+def _identified(name: str, found: identification.Identification, data: Data) -> Evaluation:
+    """Natively small faces: the whole crop at the LR size, neither enlarged nor cut before."""
+    parts: list[Items] = [found.probes, found.gallery]
+    if found.unmated is not None:
+        parts.append(found.unmated)
+    ends = np.cumsum([0, *map(len, parts)])
+    numbers = [torch.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    items, alignment = _whole(Joined(parts), data)
+    images, _ = prepared(items, data, data.lr, whole=True)
+    return Evaluation(
+        name=name,
+        task="faces",
+        images=images,
+        probes=numbers[0],
+        gallery=numbers[1],
+        unmated=numbers[2] if found.unmated is not None else None,
+        mirror=True,
+        alignment=alignment,
+        landmarks=getattr(items, "report", {}),
+    )
+
+
+def _uccs(path: Path, data: Data) -> Evaluation:
+    """CRRCD Table VI: a 180-way layer on frozen features."""
+    found = identification.uccs(path, seed=data.seed, counts=data.counts)
+    (train, alignment), (test, _) = _whole(found.train, data), _whole(found.test, data)
+    known, asked = (prepared(items, data, data.hr)[0] for items in (train, test))
+    return Evaluation("UCCS", "faces", asked, fit=known, alignment=alignment)
+
+
+def _probed(name: Literal["stl10", "tinyimagenet"], path: Path, data: Data) -> Evaluation:
+    """CRRCD Table IV: a linear layer on the frozen features of a network trained elsewhere."""
+    parts = classification.read(replace(data, name=name, root=str(path)), path)
+    return Evaluation(name, "objects", parts.held_out["test"], fit=parts.train)
+
+
+RECALL_AT = {"cub": (1, 2, 4, 8, 16), "cars196": (1, 2, 4, 8, 16), "sop": (1, 10, 100, 1000)}
+
+
+def retrieved(kind: str, name: str, images: Images) -> Evaluation:
+    """Recall@K of all images among themselves, at the K of EmbedKD; kind: cub, cars196, sop."""
+    ks = tuple(k for k in RECALL_AT[kind] if k < len(images))
+    return Evaluation(name, "faces", images, recall_at=ks)
+
+
+def _retrieved(kind: str, found: retrieval.Retrieval, data: Data) -> Evaluation:
+    return retrieved(kind, kind, prepared(found.test, data, data.hr)[0])
+
+
+TEST_SETS: dict[str, Callable[[Path, Data], Evaluation]] = {
+    "bin": _bin,
+    "lfw": lambda path, data: _pairs(faces.lfw(path, counts=data.counts), data),
+    "calfw": lambda path, data: _pairs(faces.calfw(path, counts=data.counts), data),
+    "cplfw": lambda path, data: _pairs(faces.cplfw(path, counts=data.counts), data),
+    "cfp-ff": lambda path, data: _pairs(faces.cfp(path, "FF", counts=data.counts), data),
+    "cfp-fp": lambda path, data: _pairs(faces.cfp(path, "FP", counts=data.counts), data),
+    "tinyface": lambda path, data: _identified(
+        "TinyFace", identification.tinyface(path, counts=data.counts), data
+    ),
+    "survface": lambda path, data: _identified(
+        "QMUL-SurvFace", identification.survface(path, counts=data.counts), data
+    ),
+    "survface-pairs": lambda path, data: _pairs(
+        identification.survface_pairs(path), data, size=data.lr, whole=True
+    ),
+    "uccs": _uccs,
+    "stl10": lambda path, data: _probed("stl10", path, data),
+    "tinyimagenet": lambda path, data: _probed("tinyimagenet", path, data),
+    "cub": lambda path, data: _retrieved("cub", retrieval.cub(path, data.counts), data),
+    "cars196": lambda path, data: _retrieved("cars196", retrieval.cars196(path, data.counts), data),
+    "sop": lambda path, data: _retrieved("sop", retrieval.sop(path, data.counts), data),
+}
