@@ -52,7 +52,8 @@ class RecordIODataset(Dataset[tuple[Tensor, int]]):
 
     labels   [N] int64. InsightFace packs: the images of an identity share the label that the
              headers of its first and last one agree on, so that two headers an identity are read;
-             elsewhere every header. No image is decoded for it.
+             elsewhere, and in packs of more than 2^24 records, whose ranges float32 rounds, every
+             header. No image is decoded for it.
     classes  of `property`, or without it the identities, or the highest label + 1
     aligned  the pack has InsightFace's identity records: its faces are 112 x 112 px crops, aligned
              when the pack was made
@@ -153,7 +154,10 @@ class RecordIODataset(Dataset[tuple[Tensor, int]]):
     def _headers(
         self, words: np.ndarray, numbers: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First two labels [n, 2] float32 (NaN: no second), bytes of image [n], ids [n]."""
+        """First two labels [n, 2] float32, bytes of image [n], lower halves of the ids [n].
+
+        The second label is one only in a record without image, whose least size holds two.
+        """
         starts = self._starts[numbers]
         order = np.argsort(starts)  # a cold disk is read forwards
         rows = np.empty((len(starts), LEAST_RECORD // 4), dtype=np.uint32)
@@ -172,8 +176,7 @@ class RecordIODataset(Dataset[tuple[Tensor, int]]):
             raise self._damage(numbers[k], f"{length[k]} bytes, too few for {flag[k]} labels")
         as_float = rows.view(np.float32)
         labels = np.stack([np.where(flag > 0, as_float[:, 8], as_float[:, 3]), as_float[:, 9]], 1)
-        labels[flag < 2, 1] = np.nan
-        return labels, image_bytes, rows[:, 4] | rows[:, 5].astype(np.int64) << 32
+        return labels, image_bytes, rows[:, 4]
 
     def _whole(self, values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """float32 labels, one or more a record, as int64."""
@@ -207,8 +210,10 @@ class RecordIODataset(Dataset[tuple[Tensor, int]]):
     ) -> tuple[np.ndarray, int]:
         """Labels of the images, which are all that is kept, and the number of identities."""
         zero = np.zeros(1, dtype=np.int64)
-        first, end = self._whole(first_labels, zero)[0]
         records = len(self._keys)
+        if records > MOST_LABEL:
+            return self._labels_beyond_float32(words, first_labels[0])
+        first, end = self._whole(first_labels, zero)[0]
         if not 2 <= first < end == records or (self._keys != np.arange(records)).any():
             raise self._damage(
                 0,
@@ -247,6 +252,36 @@ class RecordIODataset(Dataset[tuple[Tensor, int]]):
         self._keys, self._starts = self._keys[images], self._starts[images]
         self._ends = self._ends[images]
         return np.repeat(of_first[order], (ends - begins)[order]), len(numbers)
+
+    def _labels_beyond_float32(
+        self, words: np.ndarray, first_labels: np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """As `_labels_of_identities`, for packs whose ranges float32 has rounded (Glint360K).
+
+        Where the identity records begin is looked for near the rounded number, and every image's
+        own header is read.
+        """
+        records, rounding = len(self._keys), len(self._keys) // MOST_LABEL
+        told = first_labels.astype(np.float64)
+        if abs(told[1] - records) <= rounding and 1 < told[0] < records + rounding:
+            about = int(told[0])
+            near = np.arange(max(1, about - rounding), min(records, about + rounding + 1))
+            _, image_bytes, _ = self._headers(words, np.append(near[0] - 1, near))
+            begins = (image_bytes[1:] == 0) & (image_bytes[:-1] > 0)
+            if begins.any() and (self._keys == np.arange(records)).all():
+                first = int(near[begins.argmax()])
+                rest = np.arange(first, records)
+                if not self._headers(words, rest)[1].any():
+                    images = slice(1, first)
+                    self._keys, self._starts = self._keys[images], self._starts[images]
+                    self._ends = self._ends[images]
+                    return self._labels_of_images(words, None), len(rest)
+        raise self._damage(
+            0,
+            f"it says images up to about {told[0]:.0f} and identities up to {told[1]:.0f}; the "
+            f"keys found are {records}, and no identity records lie between: the pack is damaged, "
+            "or the index incomplete or of another file",
+        )
 
     def _check_property(self, identities: int) -> int:
         """The number of classes, once labels and counts agree with it. identities: 0, not known."""

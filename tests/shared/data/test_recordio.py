@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from shared.data import recordio
 from shared.data.recordio import RecordIODataset
 
 MAGIC = bytes.fromhex("0a23d7ce")
@@ -310,6 +311,25 @@ def test_labels_that_float32_cannot_hold_or_are_no_numbers_are_refused(tmp_path,
         RecordIODataset(tmp_path)
 
 
+@pytest.mark.parametrize("off", [(0, 0), (1, -1), (-2, 2), (2, 0)])
+def test_a_pack_too_large_for_float32_ranges_is_read_by_its_images(tmp_path, monkeypatch, off):
+    """Glint360K has 17,091,657 images: beyond 2^24 record 0 and the ranges are rounded."""
+    monkeypatch.setattr(recordio, "MOST_LABEL", 4)  # ten records: numbers may be off by two
+    payloads = insightface([encoded(p) for p in pixels(6)], label=lambda k: [k, 1.0])
+    payloads[0] = (0, header([7.0 + off[0], 10.0 + off[1]]))
+    payloads[-1] = (9, header([4.0, 8.0], 9))  # a rounded range
+    write(tmp_path, payloads)
+    dataset = RecordIODataset(tmp_path)
+    assert dataset.labels.tolist() == LABELS and len(dataset) == 6 and dataset.aligned
+    assert [dataset[i][0].permute(1, 2, 0).numpy().tobytes() for i in range(6)] == [
+        p.tobytes() for p in pixels(6)
+    ]
+    for told in ([7.0, 13.0], [4.0, 10.0], [float("nan"), 10.0], [10.0, 10.0]):
+        write(tmp_path, [(0, header(told)), *payloads[1:]])
+        with pytest.raises(ValueError, match="key 0 at offset 0: it says images up to about"):
+            RecordIODataset(tmp_path)
+
+
 def test_label_2_to_the_24_is_taken(tmp_path):
     write(tmp_path, im2rec([b"no image at all"] * 3, (0, 2**24, 5)), None)
     dataset = RecordIODataset(tmp_path)
@@ -363,7 +383,6 @@ def test_classes_without_property(tmp_path):
         (0, [8.0, 10.0], "ranges must follow one another"),
         (0, [1.0, 10.0], "images 1 to 0"),
         (0, [10.0, 10.0], "identities 10 to 9"),
-        (8, [4.0, 4.0], "ranges must follow one another"),
         (0, [7.0, 2.0**30], "label 1073741824.0"),
     ],
 )
@@ -372,6 +391,28 @@ def test_identity_ranges_that_cannot_be_are_refused(tmp_path, key, labels, findi
     write(tmp_path, list({**payloads, key: header(labels, key)}.items()))
     with pytest.raises(ValueError, match=rf"train\.rec: key \d+ at offset \d+.*{finding}"):
         RecordIODataset(tmp_path)
+
+
+def test_an_identity_without_images_or_an_image_without_image_is_refused(tmp_path):
+    payloads = dict(insightface([b"no image at all"] * 6))
+    hollow = {8: header([4.0, 4.0], 8), 9: header([4.0, 7.0], 9)}  # the ranges still tile
+    offsets = write(tmp_path, list({**payloads, **hollow}.items()))
+    with pytest.raises(ValueError, match=f"key 8 at offset {offsets[8]}: images 4 to 3: .* ranges"):
+        RecordIODataset(tmp_path)
+    offsets = write(tmp_path, list({**payloads, 3: header([0.0, 1.0], 3)}.items()))
+    with pytest.raises(ValueError, match=f"key 3 at offset {offsets[3]}: an image without image"):
+        RecordIODataset(tmp_path)
+    (tmp_path / "train.idx").unlink()
+    with pytest.raises(ValueError, match=rf"{offsets[0]} on, but none of these says 5 images"):
+        RecordIODataset(tmp_path)
+
+
+def test_identities_need_not_stand_in_the_order_of_their_images(tmp_path):
+    payloads = dict(insightface([encoded(p) for p in pixels(6)]))
+    turned = {7: header([5.0, 7.0], 7), 8: header([1.0, 4.0], 8), 9: header([4.0, 5.0], 9)}
+    write(tmp_path, list({**payloads, **turned}.items()))
+    dataset = RecordIODataset(tmp_path)
+    assert dataset.labels.tolist() == LABELS and [label for _, label in dataset] == LABELS
 
 
 def test_identity_ranges_are_held_against_the_headers_of_images(tmp_path):
@@ -460,6 +501,17 @@ def test_offsets_and_keys_that_cannot_be_are_refused_on_opening(tmp_path):
     (tmp_path / "train.idx").write_text(lines(moved))
     with pytest.raises(ValueError, match="keys found are 10, from 1 to 10"):
         RecordIODataset(tmp_path)
+
+
+def test_keys_of_an_index_are_distinct_and_not_negative(tmp_path):
+    payloads = [(k, header(0.0) + b"no image at all") for k in range(4)]  # the ids say nothing
+    offsets = write(tmp_path, payloads)
+    for odd, finding in ((2, "stands in it twice"), (-3, "is negative")):
+        (tmp_path / "train.idx").write_text(lines({k: o for k, o in offsets.items() if k < 3}))
+        with open(tmp_path / "train.idx", "a") as file:
+            file.write(f"{odd}\t{offsets[3]}\n")
+        with pytest.raises(ValueError, match=rf"train\.idx: key {odd} at offset \d+ {finding}"):
+            RecordIODataset(tmp_path)
 
 
 def test_a_record_without_image_among_images_is_refused_on_opening(tmp_path):
