@@ -182,9 +182,9 @@ def prototypes(
     if names.shape != (len(x),):
         raise ValueError(f"ids: shape {names.shape}, needs one for each of {len(x)} embeddings")
     order = np.argsort(names, kind="stable")
-    known, first, count = np.unique(names[order], return_index=True, return_counts=True)
-    mean = np.add.reduceat(x[order], first, axis=0, dtype=np.float64) / count[:, None]
-    return unit_rows(embedding_rows(mean, "prototypes")).astype(x.dtype), known
+    known, first = np.unique(names[order], return_index=True)
+    total = np.add.reduceat(x[order], first, axis=0, dtype=np.float64)  # n times the mean
+    return unit_rows(embedding_rows(total, "prototypes")).astype(x.dtype), known
 
 
 def _exact(

@@ -97,7 +97,7 @@ def recall_at_k(
         # the list holds of other classes: at least max(K, R) of its max(K, R) + R. It counts for
         # nothing wherever it is, so no list has to be longer (one more, for the query itself).
         most = int(mates[queries[0]])
-        k = min(len(x), max(*ks, most) + most)
+        k = min(len(x), max(*ks, most) + most + 1)
         rows, queries = np.split(queries, [max(1, NUMBERS // k)])
         row, j, place = _places(x, y, rows, k, metric)
         first[rows[row[j == 1]]] = place[j == 1]

@@ -279,13 +279,20 @@ def test_btnet_mode_matches_a_literal_loop_of_its_rule(seed, rank):
 
 
 def test_btnet_mode_may_overshoot_the_rate_that_the_exact_threshold_keeps():
-    # Unmated maxima 0 to .99: one linear step can pass several, so the nearest lies on either side.
-    cosines = np.concatenate([np.full(60, 0.7), np.full(40, 0.2)])
-    unmated = plane(cosines)
+    # Six in ten unmated probes tie: a rate of one half is not to be had, and .6 is nearer than 0.
+    unmated = plane(np.repeat([0.7, 0.2], [60, 40]))
     exact = open_set(PROBE, [1], unmated, PROBE, [1], fpir=(0.5,))
     steps = open_set(PROBE, [1], unmated, PROBE, [1], fpir=(0.5,), compat="btnet")
     assert (exact.unmated_score >= exact.threshold[0.5]).mean() == 0
     assert (steps.unmated_score > steps.threshold[0.5]).mean() == pytest.approx(0.6)
+
+
+def test_btnet_mode_does_not_find_a_mate_that_equals_the_threshold():
+    # The mate and the highest unmated maximum score 1: the last step, where the rate is 0.
+    unmated = np.concatenate([PROBE, plane(np.full(9, 0.5))])
+    steps = open_set(PROBE, [1], unmated, PROBE, [1], fpir=(0.01, 0.2), compat="btnet")
+    assert steps.threshold[0.01] == steps.score[0] == 1
+    assert steps.tpir == {0.01: 0, 0.2: 1}
 
 
 def test_prototypes_are_means_of_raw_embeddings_and_then_unit():

@@ -113,6 +113,12 @@ def test_a_collapsed_network_finds_nothing(dtype, lengths):
     assert result.r_precision == result.map_at_r == 0
 
 
+def test_a_collapsed_network_finds_no_mate_where_classes_are_pairs():
+    for ks in ((1,), (2, 18), (19,)):  # lists as short as K allows, and whole
+        result = recall_at_k(np.ones((20, 3)), np.arange(20) // 2, ks)
+        assert result.recall == {k: float(k == 19) for k in ks} and result.map_at_r == 0
+
+
 def test_a_narrow_cone_is_not_a_tie():
     # Cosines 1 - 5e-9 and 1 - 6e-9, both 1 in float32.
     angle = np.array([0, 1e-4, -1.1e-4, 2.2e-4])
