@@ -126,9 +126,8 @@ def _load_own(
     if recogniser.head is not None:
         loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
         recogniser.eval()
-        with torch.no_grad(), run.autocast():
-            found = [(recogniser(x).float(), y) for _, x, y in loader.plain()]
-        class_means(recogniser, torch.cat([e for e, _ in found]), torch.cat([y for _, y in found]))
+        with run.autocast():
+            class_means(recogniser, ((recogniser(x), y) for _, x, y in loader.plain()))
         run.say("teacher: head fitted to the class means of its embeddings")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -139,13 +139,16 @@ def load_trained(
 
 
 @torch.no_grad()
-def class_means(recogniser: Recogniser, embeddings: Tensor, labels: Tensor) -> None:
+def class_means(recogniser: Recogniser, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Fit a margin head to a finished backbone: each weight the mean unit embedding of its class.
 
-    embeddings: [N, D], labels: [N]. For a public backbone that comes without its classifier.
+    batches: (embeddings [B, D], labels [B]), each image once. For a public backbone that comes
+    without its classifier.
     """
     assert recogniser.head is not None
     weight: Tensor = recogniser.head.weight  # type: ignore[assignment]
-    unit = nn.functional.normalize(embeddings.float(), dim=1).to(weight.device)
-    weight.zero_().index_add_(0, labels.to(weight.device), unit)
-    weight.copy_(nn.functional.normalize(weight, dim=1))
+    total = torch.zeros_like(weight)
+    for embeddings, labels in batches:
+        unit = nn.functional.normalize(embeddings.float(), dim=1).to(weight.device)
+        total.index_add_(0, labels.to(weight.device), unit)
+    weight.copy_(nn.functional.normalize(total, dim=1))
