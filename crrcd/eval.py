@@ -95,7 +95,10 @@ def main() -> None:
     parser.add_argument("--root", default="", help="where a test set lies; folder: <class>/<image>")
     parser.add_argument("--best", action="store_true", help="the best development epoch's students")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--landmarks", help="CSV of five points a face (docs/data.md)")
+    parser.add_argument("--landmarks", nargs="+", type=str,
+                        help="CSV files of five points a face (docs/data.md)")  # fmt: skip
+    parser.add_argument("--no-landmarks", choices=("error", "centre-crop"),
+                        help="a face that they lack")  # fmt: skip
     parser.add_argument("--margin", type=float, help="around face boxes, as a share of the box")
     parser.add_argument("--any-alignment", action="store_const", const=True,
                         help="accept faces cut out otherwise than those trained on")  # fmt: skip
@@ -103,7 +106,11 @@ def main() -> None:
     args = vars(parser.parse_args())
     run, on, root, best = (args.pop(name) for name in ("run", "on", "root", "best"))
     device = str(choose_device(args.pop("device")))
-    changed = {name: value for name, value in args.items() if value is not None}
+    changed = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in args.items()
+        if value is not None
+    }
     print(evaluate(run, on, root, best, device, **changed))
 
 

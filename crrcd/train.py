@@ -69,7 +69,8 @@ def train(config: Config) -> Path:
                 e_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
                     e_t, z_t = taught_by(batch.x_h())
-            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y) + student.penalty
+            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
+            penalty = student.penalty  # MagFace's; of the call before
             kd_ = kd(student.logits(e_s), z_t, wanted.rho) if wanted.alpha else zero
             rcd, watched = zero, {}
             if wanted.beta:
@@ -86,12 +87,13 @@ def train(config: Config) -> Path:
                 rcd = nce(cos_pos, cos_neg, tau=wanted.tau, m=len(data.train), log_z=log_z)
                 queue.push(e_all, y_all, i_all)
                 watched = {"cos_pos": cos_pos.mean(), "cos_neg": cos_neg.mean()}
-            loss = L_total(cls, kd_, rcd, alpha=wanted.alpha, beta=wanted.beta)
+            loss = L_total(cls + penalty, kd_, rcd, alpha=wanted.alpha, beta=wanted.beta)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             run.mean_gradients(relation)
             norm = optim.clip(optimiser, wanted.optim.clip)
-            logged = phase.log(batch, loss=loss, cls=cls, kd=kd_, rcd=rcd, gradient=norm, **watched)
+            logged = phase.log(batch, loss=loss, cls=cls, penalty=penalty, kd=kd_, rcd=rcd,
+                               gradient=norm, **watched)  # fmt: skip
             alarm.watch(logged)
             optimiser.step()
             if phase.due(batch):
@@ -102,18 +104,18 @@ def train(config: Config) -> Path:
 
     # ---- score
     if run.rank == 0:
-        test = data.evaluations["test"]
-        with run.autocast():
-            rows = results.teacher_rows(taught_by, test, c)
-        rows |= {
-            arm: results.student_row(run.place(load_student(run.folder, arm)), test)
-            for arm in arms(config)
-        }
-        results.write(run.folder, rows, test, reference="alone")
+        for name, test in data.tests():
+            with run.autocast():
+                rows = results.teacher_rows(taught_by, test, c)
+            rows |= {
+                arm: results.student_row(run.place(load_student(run.folder, arm)), test)
+                for arm in arms(config)
+            }
+            results.write(run.folder, rows, test, reference="alone", name=name)
+            print(results.table(run.folder, name))
         run.note(seconds=run.seconds(), skipped=data.left_out())
         if data.left_out():
             run.say(f"{len(data.left_out())} images could not be decoded and were left out")
-        print(results.table(run.folder))
         if config.report:
             report.write(run.folder)
     return run.folder

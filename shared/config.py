@@ -59,14 +59,14 @@ class Data:
     """published: a data set must be complete. any: what is there is taken."""
     test_sets: tuple[str, ...] = ()
     """Training faces: what to score on, such as lfw=FOLDER or agedb=FILE.bin."""
-    landmarks: str = ""
-    """CSV of five points a face (path,x1,y1,...,x5,y5): faces are aligned to ArcFace's template."""
+    landmarks: tuple[str, ...] = ()
+    """CSV files of five points a face (path,x1,y1,...,x5,y5), to align to ArcFace's template."""
     no_landmarks: Literal["error", "centre-crop", "drop"] = "error"
-    """A face that the CSV lacks; counted and reported."""
+    """A face that the CSV files lack; counted and reported. A test set never drops one."""
     any_alignment: bool = False
     """Score faces also where they are cut out otherwise than the training ones."""
     margin: float = 0.2
-    """Of sets with face boxes: what is added on each side, as a share of the box."""
+    """Of sets with face boxes: the square is as much larger than the box's longer side."""
     on_error: Literal["stop", "skip"] = "stop"
     """An image that cannot be decoded: stop and name it, or count it and go on."""
     resident_gib: float = 4.0
@@ -134,6 +134,8 @@ class Network:
 
     name: str = "small-student"
     """A name of shared.models.create."""
+    input: Literal["native", "upsample"] = "native"
+    """iresnet and adaface networks: built for the images' size, or images enlarged to 112 px."""
     head: Literal["softmax", "arcface", "cosface", "curricularface", "magface", "adaface"] = (
         "cosface"
     )
@@ -151,6 +153,8 @@ class Teacher(Network):
     name: str = "small-teacher"
     checkpoint: str = ""
     """Weights of your own (.safetensors, .pth) for the backbone, instead of training one."""
+    colours: Literal["auto", "rgb", "bgr"] = "auto"
+    """What images its weights are for; auto: bgr for AdaFace's files, else rgb."""
     identities: int = 400
     """faces: identities the teacher is trained on; the student's are the first of them."""
     optim: Optim = field(default_factory=lambda: Optim(epochs=20))

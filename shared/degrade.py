@@ -85,14 +85,19 @@ def gaussian_blur(x: Tensor, sigma: float | Tensor) -> Tensor:
 
     x: [B, C, H, W]; sigma: >= 0, or [B]; 0 leaves an image as it is.
     """
-    sigma = _strength("sigma", sigma, len(x), 0.0, 100.0)[:, None]
+    kernel = _gaussian(_strength("sigma", sigma, len(x), 0.0, 100.0))
+    return _correlate(_correlate(x, kernel[:, None, :]), kernel[:, :, None]).clamp(0, 1)
+
+
+def _gaussian(sigma: Tensor) -> Tensor:
+    """Weights float64 [B, K] of standard deviations [B]; K is the widest kernel's."""
+    sigma = sigma[:, None]
     radius = (4 * sigma + 0.5).long()
     taps = torch.arange(int(radius.max()) + 1)
     half = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-9)).square()) * (taps <= radius)
     # A running sum adds in one order, whatever zeros the widest kernel of the batch appends.
     half = half / (2 * half.cumsum(1)[:, -1:] - half[:, :1])
-    kernel = torch.cat([half[:, 1:].flip(1), half], dim=1)
-    return _correlate(_correlate(x, kernel[:, None, :]), kernel[:, :, None]).clamp(0, 1)
+    return torch.cat([half[:, 1:].flip(1), half], dim=1)
 
 
 def motion_blur(x: Tensor, length: float | Tensor, angle: float | Tensor) -> Tensor:
@@ -390,9 +395,45 @@ def realistic(
     def between(share: Tensor, low: float, high: float) -> Tensor:
         return low + (high - low) * share
 
-    lr_pixel = max(x.shape[-2:]) / size
-    x = gaussian_blur(x.contiguous(), between(draw[0], *ranges.blur) * lr_pixel)
-    x = downsample(x, size, mode=mode, antialias=antialias).clamp(0, 1)
+    sigma = between(draw[0], *ranges.blur) * max(x.shape[-2:]) / size
+    x = _blurred_down(x, size, sigma, mode=mode, antialias=antialias)
     x = gaussian_noise(x, between(draw[1], *ranges.noise), key)
     low, high = ranges.quality
     return jpeg(x, between(draw[2], low, high + 1).floor().clamp(max=high))
+
+
+def _blurred_down(
+    x: Tensor, size: int, sigma: Tensor, *, mode: Kernel, antialias: bool
+) -> Tensor:
+    """`downsample` of `gaussian_blur`, clamped: [B, C, H, W] -> [B, C, size, size].
+
+    Both are linear and separable: one matrix an axis and image, instead of a blur at full size.
+    Products are float64, so that an image's bits do not depend on its batch.
+    """
+    if size < 1 or size > min(x.shape[-2:]):
+        raise ValueError(f"cannot down-sample {x.shape[-2]}x{x.shape[-1]} px to {size} px")
+    rows, columns = (
+        _down_of_blur(side, size, sigma, mode, antialias).to(x.device) for side in x.shape[-2:]
+    )
+    small = rows[:, None] @ x.detach().double() @ columns[:, None].mT
+    return small.to(x.dtype).clamp(0, 1)
+
+
+def _down_of_blur(
+    side: int, size: int, sigma: Tensor, mode: Kernel, antialias: bool
+) -> Tensor:
+    """[B, size, side] float64: blur of `sigma` [B] px with borders repeated, then `mode`."""
+    eye = torch.eye(side, dtype=torch.float64)[None, None]
+    if mode in ("area", "nearest"):
+        down = F.interpolate(eye, size=(size, side), mode=mode)
+    else:
+        down = F.interpolate(
+            eye, size=(size, side), mode=mode, align_corners=False, antialias=antialias
+        )
+    kernel = _gaussian(sigma)  # [B, K]
+    radius = kernel.shape[1] // 2
+    at = torch.arange(side)[:, None] + torch.arange(-radius, radius + 1)  # [side, K]
+    at = at.clamp(0, side - 1).expand(len(sigma), -1, -1)
+    blur = torch.zeros(len(sigma), side, side, dtype=torch.float64)
+    blur.scatter_add_(2, at, kernel[:, None, :].expand(-1, side, -1).contiguous())
+    return down[0, 0] @ blur

@@ -69,6 +69,9 @@ class Phase:
                         self.optimiser,
                         schedules.rate(self.optim, self.step, self.steps, self.loader.steps),
                     )
+                    # what is random inside a network (dropout): by step and rank, so resumable
+                    own = self.run.generator(self.step, self.run.rank, 1)
+                    torch.manual_seed(own.initial_seed())
                     yield batch
                     self.step += 1
                     self._progress(bar, began, from_step)
@@ -163,7 +166,6 @@ class Phase:
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
-            "rng": torch.get_rng_state(),
         }
         write_checkpoint(self.folder / "last.ckpt", state)
 
@@ -188,7 +190,6 @@ class Phase:
                 ) from None
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.best = state["step"], state["best"]
-        torch.set_rng_state(state["rng"])
         self._truncate(state["metrics_bytes"])
         self.run.say(f"{self.name}: going on from step {self.step} of {self.steps}")
 

@@ -44,12 +44,16 @@ def student_row(student: Student, evaluation: Evaluation) -> Row:
 
 
 def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> dict[str, Row]:
-    """The teacher on HR images, and on LR images up-sampled to its size."""
+    """The teacher on HR images, and on LR images up-sampled to its size (natively small ones: only
+    that)."""
     backbone = teacher.recogniser.backbone
     cost = count_parameters(backbone), macs(backbone, data.hr)
     device = next(teacher.parameters()).device
     rows = {}
-    for name, view in (("teacher, HR", normalise), ("teacher, LR", upsampled_input)):
+    views = {"teacher, HR": normalise, "teacher, LR": upsampled_input}
+    if evaluation.native:
+        del views["teacher, HR"]
+    for name, view in views.items():
 
         def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
             return teacher.output(view(pixels.to(device), data), evaluation.task)
@@ -104,7 +108,7 @@ def write(
         "headline": some.headline,
         "unit": some.unit,
         "alignment": evaluation.alignment,
-        "landmarks": dict(evaluation.landmarks),
+        "notes": dict(evaluation.notes),
         "reference": reference if reference in rows else None,
         "rows": table,
     }
@@ -151,9 +155,8 @@ def table(folder: Path, name: str = "results", *, details: bool = False) -> str:
         text += ["", *_aligned(lines)]
     split = f"{record['evaluation']} split, {record['epoch']} epoch"
     by = f"intervals by bootstrap over {record['unit']}"
-    faces = [f"{n:,} {what}" for what, n in record.get("landmarks", {}).items()]
-    cut = [f"landmarks: {', '.join(faces)}"] if faces else []
-    return "\n".join([*text, "", f"{split}; {by}", *cut, f"written to {folder}"])
+    notes = ", ".join(f"{what}: {n}" for what, n in record.get("notes", {}).items())
+    return "\n".join([*text, "", f"{split}; {by}", *filter(None, [notes]), f"written to {folder}"])
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

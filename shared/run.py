@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +54,8 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(config.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may decode for all
         if config.threads:
             torch.set_num_threads(config.threads)
         self.precision: str = config.precision

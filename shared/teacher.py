@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
@@ -98,11 +100,13 @@ def _train(
     for batch in phase:
         with run.autocast():
             e_t = net(batch.x_h())
-        loss = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y) + recogniser.penalty
+        cls = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y)
+        penalty = recogniser.penalty
+        loss = cls + penalty
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = optim.clip(optimiser, c.clip)
-        phase.log(batch, loss=loss, gradient=norm)
+        phase.log(batch, loss=loss, penalty=penalty, gradient=norm)
         optimiser.step()
     recogniser.eval()
 
@@ -121,23 +125,50 @@ def _load_own(
     except ValueError as error:
         if "backbone." in str(error).partition("unexpected")[2]:
             raise
-    layout = checkpoints.load_backbone(recogniser.backbone, path)
+    bgr = {"auto": None, "rgb": False, "bgr": True}[teacher.colours]
+    layout = checkpoints.load_backbone(recogniser.backbone, path, bgr=bgr)
+    if layout.kept:
+        raise ValueError(
+            f"--teacher.checkpoint {path}: {layout}; a trunk whose embedding is random cannot "
+            "teach. Train it first"
+        )
     run.say(f"teacher: backbone from {path} ({layout})")
     if recogniser.head is not None:
-        loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
-        recogniser.eval()
-        with run.autocast():
-            class_means(recogniser, ((recogniser(x), y) for _, x, y in loader.plain()))
-        run.say("teacher: head fitted to the class means of its embeddings")
+        _fit_head(run, recogniser, teacher, data, dataset, path)
 
 
-def _folder(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Path:
+def _fit_head(
+    run: Run, recogniser: Recogniser, teacher: Teacher, data: Data, dataset: DataSet, path: Path
+) -> None:
+    """Class means by one pass over the training images, kept in the cache."""
+    with open(path, "rb") as file:
+        made_of = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = _folder(run, teacher, data, dataset, made_of)
+    fitted = folder / "teacher.safetensors"
+    with _lock(folder) if run.rank == 0 else contextlib.nullcontext():
+        found = run.broadcast(fitted.is_file())
+        if not found and run.rank == 0:
+            loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
+            recogniser.eval()
+            total = -(-len(loader.images) // 256)
+            images = tqdm(loader.plain(), "fitting the head", total, leave=False, disable=None)
+            with run.autocast():
+                class_means(recogniser, ((recogniser(x), y) for _, x, y in images))
+            save(recogniser, fitted, teacher=teacher.name)
+    run.broadcast(None)
+    restore(recogniser, fitted)
+    run.say(f"teacher: head fitted to the class means of its embeddings, kept in {folder}")
+
+
+def _folder(
+    run: Run, teacher: Teacher, data: Data, dataset: DataSet, made_of: str = ""
+) -> Path:
     seen = {k: v for k, v in dataclasses.asdict(data).items() if k not in _STUDENT_ONLY}
     c = run.config
     made_by = [SCHEMA, seen, teacher, dataset.teacher_classes, len(dataset.teacher_train)]
     if data.name == "faces":
         made_by.append(procedural.VERSION)
-    made_by += [dataset.fingerprint, c.seed, run.precision, str(run.device), run.world]
+    made_by += [made_of, dataset.fingerprint, c.seed, run.precision, str(run.device), run.world]
     key = digest(*made_by, torch.get_num_threads())
     folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from shared.config import Data
 from shared.data.items import Items
 from shared.files import write_text
 
@@ -148,8 +149,10 @@ def read_landmarks(path: Path) -> dict[str, np.ndarray]:
     """{name: float64 [5, 2]} of a CSV file `path,x1,y1,...,x5,y5`, with that header or without.
 
     Raises ValueError naming file and line for another number of columns, what is no finite number,
-    and a path that comes twice; FileNotFoundError where there is no file.
+    and a path that comes twice, and where there is no file.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected lines of {','.join(HEADER)}")
     found: dict[str, np.ndarray] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: a mark Excel writes
@@ -199,6 +202,31 @@ def write_landmarks(path: Path, rows: Iterable[tuple[str, ArrayLike]]) -> None:
 
 
 # -- sets of images ------------------------------------------------------------------------------
+
+
+def placed(items: Items, data: Data) -> tuple[Items, str]:
+    """Faces cut out as `data` says, and the name of that: what a network and its data must share.
+
+    "arcface": five landmarks on ArcFace's template, by the data set's makers; "arcface:POLICY": by
+    the files `data.landmarks`, with the policy for faces that they lack. Both are 112 px, from
+    where every other size is made: cut at another size at once, a face would lie otherwise, by a
+    third of a pixel at 64. "box+M": the data set's boxes with `data.margin` M. "whole": images as
+    they are.
+    """
+    if getattr(items, "aligned", False):
+        return items, "arcface"
+    if data.landmarks:
+        points: dict[str, np.ndarray] = {}
+        for name in data.landmarks:
+            more = read_landmarks(Path(name).expanduser())
+            if twice := points.keys() & more.keys():
+                raise ValueError(f"{name}: {min(twice)} stands in another landmark file, too")
+            points |= more
+        cut = Aligned(items, points, policy=data.no_landmarks)
+        return cut, f"arcface:{data.no_landmarks}"
+    if getattr(items, "boxes", None) is not None:
+        return Cropped(items, margin=data.margin), f"box+{data.margin:g}"
+    return items, "whole"
 
 
 class Aligned:

@@ -21,7 +21,7 @@ from shared.config import Data
 from shared.data import classification, faces, identification
 from shared.data.items import Counts, Encoded, Items, Subset, fit
 from shared.data.pipeline import Images, Resident
-from shared.data.sets import FACE_SETS, LICENCES, RETRIEVAL
+from shared.data.sets import FACE_SETS, LICENCES, RETRIEVAL, check_pack
 
 TILE, ACROSS, TILES = 64, 8, 64  # px of a picture on the sheet, pictures in a row and of a part
 NAMED = 5  # files that are named of many that cannot be decoded
@@ -31,7 +31,14 @@ Parts = Mapping[str, Items]
 
 
 def _trained(name: str) -> Callable[[Path, Counts], Parts]:
-    return lambda root, counts: {"training": FACE_SETS[name](root, Data(counts=counts))}
+    def parts(root: Path, counts: Counts) -> Parts:
+        data = Data(counts=counts)
+        found = FACE_SETS[name](root, data)
+        if name == "recordio":
+            check_pack(found, root, data)
+        return {"training": found}
+
+    return parts
 
 
 def _retrieved(name: str) -> Callable[[Path, Counts], Parts]:
@@ -44,7 +51,9 @@ def _retrieved(name: str) -> Callable[[Path, Counts], Parts]:
 
 def _classified(name: Any) -> Callable[[Path, Counts], Parts]:
     def parts(root: Path, counts: Counts) -> Parts:
-        data = replace(Data(), name=name, root=str(root), hr=NATIVE[name], counts=counts)
+        on_error: Any = "stop" if counts == "published" else "skip"
+        data = replace(Data(), name=name, root=str(root), hr=NATIVE[name], counts=counts,
+                       on_error=on_error)  # fmt: skip
         found = classification.read(data, root)
         return {"training": _items(found.train), "test": _items(found.held_out["test"])}
 
@@ -133,7 +142,7 @@ def look(items: Items, most: int) -> Look:
 
 
 def describe(name: str, items: Items, seen: Look) -> str:
-    """A line: images, labels, and how large they are."""
+    """A line: images, labels, how large they are, and what one is called (in landmark files)."""
     known = np.unique(items.labels[items.labels >= 0])
     line = f"{name}: {len(items):,} images"
     if len(known) > 1:
@@ -145,7 +154,7 @@ def describe(name: str, items: Items, seen: Look) -> str:
         sides = [f"{int(w)}x{int(h)}" for h, w in (least, most, middle)]
         line += f"; width x height {sides[0]} to {sides[1]} px, median {sides[2]}"
         line += f" ({len(seen.sizes):,} decoded)"
-    return line
+    return line + (f"; the first: {items.name(0)}" if len(items) else "")
 
 
 def sheet(parts: Parts) -> Image.Image:
@@ -194,6 +203,8 @@ def check(name: str, root: Path, out: Path, most: int) -> list[str]:
         wrong.append(str(error))
         parts = SETS[name](root, "any")
     print(f"{name} in {root.resolve()}")
+    if name == "uccs":
+        print("  the 180 subjects of seed 0")
     for part, items in parts.items():
         seen = look(items, most)
         print(f"  {describe(part, items, seen)}")
@@ -201,7 +212,7 @@ def check(name: str, root: Path, out: Path, most: int) -> list[str]:
             wrong.append(f"{part}: {len(seen.wrong)} images cannot be decoded")
             wrong += seen.wrong[:NAMED]
     licences = LICENCES | classification.LICENCES
-    print(f"  licence: {licences.get(name, 'see docs/data.md')}")
+    print(f"  licence: {licences[name.removesuffix('-training')]}")
     sheet({part: items for part, items in parts.items() if len(items)}).save(out)
     print(f"  contact sheet: {out}")
     print("\n".join(f"  wrong: {line}" for line in wrong) or "  nothing wrong found")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shared.config import Data, digest
+from shared.data.align import placed
 from shared.data.items import SUFFIXES, Files, check_counts, fit
 from shared.data.pipeline import Images, Resident, prepared
 from shared.data.retrieval import check_files, home_of, rows
@@ -42,6 +43,7 @@ class Parts:
     shared_classes: bool = True  # False: held-out classes are other than the training ones
     fingerprint: str = ""  # changes when the files do
     skipped: tuple[str, ...] = ()
+    alignment: str = ""  # of faces that landmarks were given for
 
 
 def read(data: Data, cache: Path) -> Parts:
@@ -257,14 +259,18 @@ def _folder(data: Data) -> Parts:
     shared_classes = bool(overlap[names[0]])
     if any(bool(overlap[name]) != shared_classes for name in names):
         raise ValueError(f"{root}: test/ and val/ must both hold train/'s classes, or neither any")
-    train, skipped = prepared(training, data, data.hr, role="training")
+    if data.landmarks and shared_classes:
+        raise ValueError("--data.landmarks: test/ holds the classes of train/: no identities")
+    faces, alignment = placed(training, data) if data.landmarks else (training, "")
+    train, skipped = prepared(faces, data, data.hr, role="training")
     held_out = {}
     for name in names:
         files, own = found[name]
         if shared_classes:  # a held-out folder may lack a class: number them as train/ does
             number = np.array([classes.index(c) for c in own])
             files.labels = number[files.labels]
-        images, more = prepared(files, data, data.hr, role="held out")
+        cut = placed(files, data)[0] if data.landmarks else files
+        images, more = prepared(cut, data, data.hr, role="held out")
         role = "development" if name == "val" and len(names) == 2 else "test"
         held_out[role] = images
         skipped += more
@@ -275,22 +281,27 @@ def _folder(data: Data) -> Parts:
         str(root / "train"),
         LICENCES["folder"],
         shared_classes=shared_classes,
-        fingerprint=_fingerprint(root / "train", training.files),
+        fingerprint=_fingerprint(root / "train", training.files, *data.landmarks),
         skipped=tuple(skipped),
+        alignment=alignment,
     )
 
 
-def _fingerprint(root: Path, files: Sequence[str]) -> str:
+def _fingerprint(root: Path, files: Sequence[str], *others: str) -> str:
     """Of names, sizes and times of the training files: a teacher's cache key holds it."""
-    facts = [(name, (s := (root / name).stat()).st_size, s.st_mtime_ns) for name in files]
+    paths = {name: root / name for name in files}
+    paths |= {name: Path(name).expanduser() for name in others}
+    facts = [(name, (s := path.stat()).st_size, s.st_mtime_ns) for name, path in paths.items()]
     return digest(facts)
 
 
-def labelled_folder(folder: Path, data: Data) -> Images:
-    """FOLDER/<class>/* as images of `data.hr` px to score on."""
+def labelled_folder(folder: Path, data: Data) -> tuple[Images, str]:
+    """FOLDER/<class>/* as images of `data.hr` px to score on, and the alignment of faces."""
     if not folder.is_dir():
         raise ValueError(f"--root {folder}: no such folder")
-    return prepared(_scan(folder)[0], data, data.hr, role="held out")[0]
+    files = _scan(folder)[0]
+    cut, alignment = placed(files, data) if data.landmarks else (files, "")
+    return prepared(cut, data, data.hr, role="held out")[0], alignment
 
 
 def _scan(folder: Path) -> tuple[Files, list[str]]:

@@ -101,7 +101,7 @@ def bin_pairs(path: Path, counts: Counts = "published") -> Pairs:
     fold = _spread(len(same))
     if any(len(set(block.tolist())) == 1 for block in np.array_split(same, FOLDS)):
         fold = _filled(path, same, _spread(same.sum()))
-    items = Encoded(path.name, images)
+    items = Encoded(path.name, images, aligned=True)  # the format of InsightFace's aligned crops
     return _pairs(path.stem, path, items, 2 * number, 2 * number + 1, same, fold)
 
 

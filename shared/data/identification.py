@@ -335,7 +335,9 @@ def _is_image(name: str) -> bool:
 
 
 def _folders(root: Path, below: str) -> Labelled:
-    """<root>/<below>/<class>/*."""
+    """<root>/<below>/<class>/*, or of the one folder in `root` that has `below`."""
+    within = sorted(root.glob(f"*/{below}")) if below and not (root / below).is_dir() else []
+    root = within[0].parent if len(within) == 1 else root
     folder = root / below
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")

@@ -62,15 +62,19 @@ class Files:
 
 
 class Encoded:
-    """Images in memory: encoded bytes (JPEG, PNG) or uint8 arrays [H, W, 3] RGB."""
+    """Images in memory: encoded bytes (JPEG, PNG) or uint8 arrays [H, W, 3] RGB.
+
+    aligned: they are faces at the ArcFace template already.
+    """
 
     def __init__(
         self,
         where: str,
         images: Sequence[bytes | np.ndarray],
         labels: np.ndarray | Sequence[int] | None = None,
+        aligned: bool = False,
     ) -> None:
-        self.where, self.images = where, images
+        self.where, self.images, self.aligned = where, images, aligned
         self.labels = np.asarray(np.zeros(len(images)) if labels is None else labels, np.int64)
 
     def __len__(self) -> int:
@@ -164,6 +168,10 @@ def _turbo(data: bytes) -> np.ndarray | None:
 def _pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
         _check_size(image.height, image.width)
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel, of no known range; save it with 8")
+        if image.mode.startswith("I;16"):  # Pillow would clip it
+            return np.repeat((np.array(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         return np.array(image.convert("RGB"))
 
 

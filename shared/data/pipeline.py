@@ -278,6 +278,8 @@ class Loader:
     ) -> None:
         if sampler is not None and size != sampler.p * sampler.k:
             raise ValueError(f"a batch of {size} is not {sampler.p} classes x {sampler.k} images")
+        if sampler is not None and sampler.p % world:
+            raise ValueError(f"{sampler.p} classes a batch cannot be shared by {world} ranks")
         if size % world:
             raise ValueError(f"a batch of {size} cannot be shared by {world} ranks")
         if size < 2 or len(images) < size:

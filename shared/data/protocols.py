@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared.config import Data
-from shared.data import align, classification, faces, identification, procedural, retrieval
-from shared.data.items import Items, Joined
+from shared.data import classification, faces, identification, procedural, retrieval
+from shared.data.align import placed
+from shared.data.items import Items, Joined, Subset
 from shared.data.pipeline import Images, prepared
 
 Task = Literal["faces", "objects"]
@@ -43,8 +44,9 @@ class Evaluation:
     recall_at: tuple[int, ...] = ()  # the K of retrieval's Recall@K
     fit: Images | None = None
     mirror: bool = False  # the mirror image's embedding is added
-    alignment: str = ""  # how faces were cut out, where that is known; see `placed`
-    landmarks: Mapping[str, int] = field(default_factory=dict)  # how many faces had some
+    native: bool = False  # small by nature: `images` are at the LR size, there are no HR ones
+    alignment: str = ""  # how faces were cut out, where that is known; see shared.data.align.placed
+    notes: Mapping[str, object] = field(default_factory=dict)  # what a score must be told with
 
 
 def public_set(name: str, path: Path, data: Data) -> Evaluation:
@@ -57,25 +59,9 @@ def public_set(name: str, path: Path, data: Data) -> Evaluation:
         raise ValueError(f"no test set {name!r} (there are: {', '.join(TEST_SETS)})")
     if not path.exists():
         raise ValueError(f"{name}: {path}: no such file or folder")
-    return TEST_SETS[name](path, data)
-
-
-def placed(items: Items, data: Data) -> tuple[Items, str]:
-    """Faces cut out as `data` says, and the name of that: what a network and its data must share.
-
-    "arcface": five landmarks on ArcFace's template, by the data set's makers; "arcface:POLICY": by
-    the file `data.landmarks`, with the policy for faces that it lacks. "box+M": the data set's
-    boxes with `data.margin` M. "whole": images as they are.
-    """
-    if getattr(items, "aligned", False):
-        return items, "arcface"
-    if data.landmarks:
-        points = align.read_landmarks(Path(data.landmarks).expanduser())
-        cut = align.Aligned(items, points, policy=data.no_landmarks, size=data.hr)
-        return cut, f"arcface:{data.no_landmarks}"
-    if getattr(items, "boxes", None) is not None:
-        return align.Cropped(items, margin=data.margin), f"box+{data.margin:g}"
-    return items, "whole"
+    found = TEST_SETS[name](path, data)
+    partial = {"counts": "any"} if data.counts == "any" else {}
+    return replace(found, notes={**found.notes, **partial})
 
 
 def check_alignment(trained: str, evaluation: Evaluation, data: Data) -> None:
@@ -85,7 +71,8 @@ def check_alignment(trained: str, evaluation: Evaluation, data: Data) -> None:
     if known and trained.partition(":")[0] != scored.partition(":")[0]:
         raise ValueError(
             f"{evaluation.name}: faces are cut out as {scored!r}, those trained on as {trained!r}; "
-            "align them alike (--landmarks FILE.csv, --margin), or accept it: --any-alignment"
+            "align them alike (--landmarks, --margin), or say --any-alignment (in train.py: "
+            "--data.landmarks, ...)"
         )
 
 
@@ -123,18 +110,15 @@ def _drawn_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 # -- the public ones -----------------------------------------------------------------------------
 
 
-def _whole(items: Items, data: Data) -> tuple[Items, str]:
+def _cut(items: Items, data: Data) -> tuple[Items, str]:
     """`placed` for a protocol, which names images by number and can miss none."""
-    if data.landmarks and data.no_landmarks == "drop":
-        raise ValueError(
-            "--data.no-landmarks drop: a protocol needs all of its images; say centre-crop or error"
-        )
-    return placed(items, data)
+    policy = "error" if data.no_landmarks == "drop" else data.no_landmarks
+    return placed(items, replace(data, no_landmarks=policy))
 
 
-def _pairs(pairs: faces.Pairs, data: Data, alignment: str = "", **fitting: Any) -> Evaluation:
-    items, found = _whole(pairs.items, data)
-    images, _ = prepared(items, data, **({"size": data.hr} | fitting))
+def _pairs(pairs: faces.Pairs, data: Data, *, native: bool = False) -> Evaluation:
+    items, alignment = _cut(pairs.items, data)
+    images, _ = prepared(items, data, data.lr if native else data.hr, whole=native)
     first, second, same = map(torch.as_tensor, (pairs.first, pairs.second, pairs.same))
     return Evaluation(
         name=pairs.name,
@@ -142,14 +126,10 @@ def _pairs(pairs: faces.Pairs, data: Data, alignment: str = "", **fitting: Any) 
         images=images,
         pairs=(first, second, same),
         mirror=True,
-        alignment=alignment or found,
-        landmarks=getattr(items, "report", {}),
+        native=native,
+        alignment=alignment,
+        notes=getattr(items, "report", {}),
     )
-
-
-def _bin(path: Path, data: Data) -> Evaluation:
-    pairs = faces.bin_pairs(path, counts=data.counts)
-    return _pairs(pairs, data, alignment="arcface")  # the format is InsightFace's, of aligned crops
 
 
 def _identified(name: str, found: identification.Identification, data: Data) -> Evaluation:
@@ -159,7 +139,7 @@ def _identified(name: str, found: identification.Identification, data: Data) -> 
         parts.append(found.unmated)
     ends = np.cumsum([0, *map(len, parts)])
     numbers = [torch.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    items, alignment = _whole(Joined(parts), data)
+    items, alignment = _cut(Joined(parts), data)
     images, _ = prepared(items, data, data.lr, whole=True)
     return Evaluation(
         name=name,
@@ -169,22 +149,29 @@ def _identified(name: str, found: identification.Identification, data: Data) -> 
         gallery=numbers[1],
         unmated=numbers[2] if found.unmated is not None else None,
         mirror=True,
+        native=True,
         alignment=alignment,
-        landmarks=getattr(items, "report", {}),
+        notes=getattr(items, "report", {}),
     )
 
 
 def _uccs(path: Path, data: Data) -> Evaluation:
     """CRRCD Table VI: a 180-way layer on frozen features."""
     found = identification.uccs(path, seed=data.seed, counts=data.counts)
-    (train, alignment), (test, _) = _whole(found.train, data), _whole(found.test, data)
-    known, asked = (prepared(items, data, data.hr)[0] for items in (train, test))
-    return Evaluation("UCCS", "faces", asked, fit=known, alignment=alignment)
+    both, alignment = _cut(Joined([found.train, found.test]), data)
+    count, total = len(found.train), len(both)
+    halves = np.split(np.arange(total), [count])
+    parts = [Subset(both, numbers, both.labels[numbers]) for numbers in halves]
+    known, asked = (prepared(items, data, data.hr)[0] for items in parts)
+    sizes = {"training images": count, "test images": total - count, "seed": data.seed}
+    notes = {**sizes, **getattr(both, "report", {})}
+    return Evaluation("UCCS", "faces", asked, fit=known, alignment=alignment, notes=notes)
 
 
 def _probed(name: Literal["stl10", "tinyimagenet"], path: Path, data: Data) -> Evaluation:
     """CRRCD Table IV: a linear layer on the frozen features of a network trained elsewhere."""
-    parts = classification.read(replace(data, name=name, root=str(path)), path)
+    data = replace(data, name=name, root=str(path), on_error="stop")
+    parts = classification.read(data, path)
     return Evaluation(name, "objects", parts.held_out["test"], fit=parts.train)
 
 
@@ -202,7 +189,7 @@ def _retrieved(kind: str, found: retrieval.Retrieval, data: Data) -> Evaluation:
 
 
 TEST_SETS: dict[str, Callable[[Path, Data], Evaluation]] = {
-    "bin": _bin,
+    "bin": lambda path, data: _pairs(faces.bin_pairs(path, counts=data.counts), data),
     "lfw": lambda path, data: _pairs(faces.lfw(path, counts=data.counts), data),
     "calfw": lambda path, data: _pairs(faces.calfw(path, counts=data.counts), data),
     "cplfw": lambda path, data: _pairs(faces.cplfw(path, counts=data.counts), data),
@@ -215,7 +202,7 @@ TEST_SETS: dict[str, Callable[[Path, Data], Evaluation]] = {
         "QMUL-SurvFace", identification.survface(path, counts=data.counts), data
     ),
     "survface-pairs": lambda path, data: _pairs(
-        identification.survface_pairs(path), data, size=data.lr, whole=True
+        identification.survface_pairs(path), data, native=True
     ),
     "uccs": _uccs,
     "stl10": lambda path, data: _probed("stl10", path, data),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from shared.config import Data, digest
 from shared.data import classification, faces, identification, procedural, retrieval
-from shared.data.align import Aligned
-from shared.data.items import Items, Subset
+from shared.data.align import Aligned, placed
+from shared.data.items import Files, Items, Subset, check_counts
 from shared.data.pipeline import Images, Resident, prepared
 from shared.data.protocols import (
     TEST_SETS,
@@ -21,7 +22,6 @@ from shared.data.protocols import (
     check_alignment,
     face_folders,
     identities,
-    placed,
     public_set,
     retrieved,
 )
@@ -44,6 +44,13 @@ class DataSet:
     skipped: tuple[str, ...] = ()  # files left out because they could not be decoded
     alignment: str = ""  # how training faces were cut out; see shared.data.protocols.placed
     notes: Mapping[str, object] = field(default_factory=dict)  # for the run's record
+    more_tests: Mapping[str, Callable[[], Evaluation]] = field(default_factory=dict)
+
+    def tests(self) -> Iterator[tuple[str, Evaluation]]:
+        """What to score on at the end, one after the other, and the name of each table."""
+        yield "results", self.evaluations["test"]
+        for name, load in self.more_tests.items():
+            yield f"results-{name}", load()
 
     def left_out(self) -> list[str]:
         """Files left out so far, also while streaming."""
@@ -59,6 +66,10 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         raise ValueError(
             f"--data.lr {data.lr}: the LR size must lie between 1 and --data.hr {data.hr}"
         )
+    if data.test_sets and data.name not in FACE_SETS:
+        raise ValueError(f"--data.test-sets: {data.name} has a test part of its own")
+    if data.landmarks and data.name not in (*FACE_SETS, "folder"):
+        raise ValueError(f"--data.landmarks: {data.name} has no faces to align")
     if data.name == "faces":
         return _faces(data, cache, teacher_identities)
     if data.name in FACE_SETS:
@@ -73,7 +84,9 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         )
     task: Task = "objects" if parts.shared_classes else "faces"
     evaluations = {
-        name: face_folders(name, images) if task == "faces" else Evaluation(name, task, images)
+        name: replace(face_folders(name, images), alignment=parts.alignment)
+        if task == "faces"
+        else Evaluation(name, task, images)
         for name, images in parts.held_out.items()
     }
     return DataSet(
@@ -87,6 +100,7 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         licence=parts.licence,
         fingerprint=parts.fingerprint,
         skipped=parts.skipped,
+        alignment=parts.alignment,
     )
 
 
@@ -128,10 +142,22 @@ LICENCES = {
     "umdfaces": f"UMDFaces (Bansal et al. 2017): {RESEARCH}",
     "tinyface": f"TinyFace (Cheng et al. 2018): {RESEARCH}",
     "survface": f"QMUL-SurvFace (Cheng et al. 2018): {RESEARCH}",
+    "bin": f"of the set that it was made from, mostly {RESEARCH}",
+    "lfw": "LFW (Huang et al. 2007): no stated licence, research use; faces of real people",
+    "calfw": f"CALFW (Zheng et al. 2017): {RESEARCH}",
+    "cplfw": f"CPLFW (Zheng, Deng 2018): {RESEARCH}",
+    "cfp-ff": f"CFP (Sengupta et al. 2016): {RESEARCH}",
+    "cfp-fp": f"CFP (Sengupta et al. 2016): {RESEARCH}",
+    "survface-pairs": f"QMUL-SurvFace (Cheng et al. 2018): {RESEARCH}",
+    "uccs": f"UCCS (Sapkota, Boult 2013): {RESEARCH}",
     "cub": "CUB-200-2011 (Wah et al. 2011): non-commercial research; photographs of Flickr users",
     "cars196": "Cars196 (Krause et al. 2013): non-commercial research; photographs of ImageNet",
     "sop": "Stanford Online Products (Song et al. 2016): no stated licence; photographs of eBay",
 }
+
+# Of InsightFace's data zoo, by their number of identities.
+PACKS = {10_572: ("CASIA-WebFace", 490_623), 93_431: ("MS1MV3", 5_179_510)}
+NATIVE = ("tinyface", "survface")  # small by nature
 
 FACE_SETS: dict[str, Callable[[Path, Data], Items]] = {
     "recordio": lambda root, data: RecordIODataset(root),
@@ -160,15 +186,20 @@ def _root(data: Data) -> Path:
 def _face_set(data: Data) -> DataSet:
     """Scored on `data.test_sets`; a RecordIO pack without any on the .bin files beside it."""
     root = _root(data)
-    items, alignment = placed(FACE_SETS[data.name](root, data), data)
-    whole = data.name in ("tinyface", "survface")  # tight crops, taller than wide
-    train, classes, held, skipped = _divided(items, data, whole)
-    name, (kind, path) = next(iter(_test_sets(data, root).items()))
-    evaluations = {"test": public_set(kind, path, data)}
-    check_alignment(alignment, evaluations["test"], data)
+    tests = _test_sets(data, root)  # asked for first: decoding may take long
+    first, *others = tests
+    test = public_set(*tests[first], data)
+    raw = FACE_SETS[data.name](root, data)
+    if data.name == "recordio":
+        check_pack(raw, root, data)
+    items, alignment = placed(raw, data)
+    check_alignment(alignment, test, data)
+    train, classes, held, skipped = _divided(items, data, native=data.name in NATIVE)
+    evaluations = {"test": test}
     if held is not None:
-        evaluations["development"] = identities("development", held)
-    notes: dict[str, object] = {"alignment": alignment, "test_set": name}
+        kept = identities("development", held)
+        evaluations["development"] = replace(kept, native=data.name in NATIVE)
+    notes: dict[str, object] = {"alignment": alignment, "test_sets": list(tests)}
     if isinstance(items, Aligned):
         notes["landmarks"] = items.report
     return DataSet(
@@ -180,17 +211,29 @@ def _face_set(data: Data) -> DataSet:
         evaluations=evaluations,
         selection="development" if held is not None else "test",
         licence=LICENCES[data.name],
-        fingerprint=_fingerprint(items, root, data),
+        fingerprint=_fingerprint(raw, data),
         skipped=tuple(skipped),
         alignment=alignment,
         notes=notes,
+        more_tests={name: partial(public_set, *tests[name], data) for name in others},
     )
 
 
+def check_pack(pack: Items, root: Path, data: Data) -> None:
+    """Published sizes, where a pack's number of identities tells which it is."""
+    identities = len(np.unique(pack.labels))
+    if identities in PACKS:
+        name, images = PACKS[identities]
+        check_counts(name, root, {"images": len(pack)}, {"images": images}, data.counts)
+
+
 def _divided(
-    items: Items, data: Data, whole: bool = False
+    items: Items, data: Data, native: bool = False
 ) -> tuple[Images, int, Images | None, list[str]]:
-    """(training images, their classes, those of the last `data.development` classes, left out)."""
+    """(training images, their classes, those of the last `data.development` classes, left out).
+
+    native: tight, small crops, taken whole; for development at the LR size, as they are tested.
+    """
     names, number = np.unique(items.labels, return_inverse=True)
     classes = len(names) - data.development
     if classes < 2:
@@ -205,12 +248,13 @@ def _divided(
         )
     own, kept = np.flatnonzero(number < classes), np.flatnonzero(number >= classes)
     train, skipped = prepared(
-        Subset(items, own, number[own]), data, data.hr, whole=whole, role="training"
+        Subset(items, own, number[own]), data, data.hr, whole=native, role="training"
     )
     held = None
     if len(kept):
         rest = Subset(items, kept, number[kept])
-        held, more = prepared(rest, data, data.hr, whole=whole, role="held out")
+        side = data.lr if native else data.hr
+        held, more = prepared(rest, data, side, whole=native, role="held out")
         skipped += more
     return train, classes, held, skipped
 
@@ -226,7 +270,11 @@ def _test_sets(data: Data, root: Path) -> dict[str, tuple[str, Path]]:
                 "any name for a .bin)"
             )
         kind = "bin" if path.endswith(".bin") else name
+        if kind not in TEST_SETS:
+            raise ValueError(f"no test set {name!r} (there are: {', '.join(TEST_SETS)})")
         found[name] = (kind, Path(path).expanduser())
+        if not found[name][1].exists():
+            raise ValueError(f"{name}: {path}: no such file or folder")
     if not found and data.name == "recordio":
         folder = root if root.is_dir() else root.parent
         found = {path.stem: ("bin", path) for path in sorted(folder.glob("*.bin"))}
@@ -240,21 +288,18 @@ def _test_sets(data: Data, root: Path) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _fingerprint(items: Items, root: Path, data: Data) -> str:
-    """Of what the training files are called, and of the size and time of some."""
-    some = range(0, len(items), max(1, len(items) // 1000))
-    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in _paths(items, root, some)]
-    if data.landmarks:
-        points = Path(data.landmarks).expanduser().stat()
-        stamps.append((points.st_size, points.st_mtime_ns))
-    labels = np.bincount(items.labels).tolist()
-    return digest(len(items), labels, [items.name(i) for i in some], stamps)
-
-
-def _paths(items: Items, root: Path, numbers: range) -> list[Path]:
-    if isinstance(items, RecordIODataset):
-        return [items.path]
-    return [path for i in numbers if (path := root / items.name(i)).is_file()]
+def _fingerprint(raw: Items, data: Data) -> str:
+    """Of what the training files are called, and of the size and time of a thousand of them."""
+    some = range(0, len(raw), max(1, len(raw) // 1000))
+    if isinstance(raw, RecordIODataset):
+        paths = [raw.path]
+    elif isinstance(raw, Files):
+        paths = [raw.root / raw.files[i] for i in some]
+    else:
+        raise TypeError(f"{type(raw).__name__} has no files to know it by")
+    paths += [Path(name).expanduser() for name in data.landmarks]
+    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    return digest(len(raw), np.bincount(raw.labels).tolist(), [*map(raw.name, some)], stamps)
 
 
 # -- retrieval -----------------------------------------------------------------------------------
@@ -265,7 +310,8 @@ def _retrieval_set(data: Data) -> DataSet:
     root = _root(data)
     found = RETRIEVAL[data.name](root, data.counts)
     train, classes, held, skipped = _divided(found.train, data)
-    evaluations = {"test": TEST_SETS[data.name](root, data)}
+    asked, _ = prepared(found.test, data, data.hr)
+    evaluations = {"test": retrieved(data.name, "test", asked)}
     if held is not None:
         evaluations["development"] = retrieved(data.name, "development", held)
     return DataSet(
@@ -277,7 +323,7 @@ def _retrieval_set(data: Data) -> DataSet:
         evaluations=evaluations,
         selection="development" if held is not None else "test",
         licence=LICENCES[data.name],
-        fingerprint=_fingerprint(found.train, root, data),
+        fingerprint=_fingerprint(found.train, data),
         skipped=tuple(skipped),
     )
 
@@ -298,9 +344,9 @@ def evaluation(
     Raises ValueError, naming what there is, for anything else.
     """
     if name == "folder":
-        images = classification.labelled_folder(Path(root).expanduser(), data)
+        images, alignment = classification.labelled_folder(Path(root).expanduser(), data)
         if task == "faces":
-            return face_folders(root, images)
+            return replace(face_folders(root, images), alignment=alignment)
         found = int(images.labels.max()) + 1
         if found != classes:
             raise ValueError(f"--root {root}: {found} class folders, the student knows {classes}")
@@ -311,6 +357,10 @@ def evaluation(
         return face_folders("shifted", Resident(*drawn))
     if name in TEST_SETS and root:
         return public_set(name, Path(root).expanduser(), data)
+    if name == "test" and data.name in FACE_SETS:  # without the training images
+        return public_set(*next(iter(_test_sets(data, _root(data)).values())), data)
+    if name == "test" and data.name in RETRIEVAL:
+        return replace(public_set(data.name, _root(data), data), name="test")
     splits = load(data, cache=cache, teacher_identities=teachers).evaluations
     if name not in splits:
         more = ", shifted, native" if data.name == "faces" else ""

@@ -35,11 +35,16 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     return MODELS[name](**kwargs)
 
 
-def build(name: str, *, size: int, classes: int) -> nn.Module:
+def build(name: str, *, size: int, classes: int, input: str = "native") -> nn.Module:
     """`create` for images of size x size and `classes` classes: each family takes what it needs.
 
-    The network's own `classes` is None where it has no classifier.
+    The network's own `classes` is None where it has no classifier. input: that of the face networks
+    (shared.models.iresnet); ValueError for "upsample" elsewhere.
     """
+    if name in iresnet.MODELS:
+        return create(name, size=size, input=input)
+    if input != "native":
+        raise ValueError(f"{name}: only iresnet and adaface networks enlarge their input")
     if name in cifar.MODELS or name.startswith("timm:"):
         return create(name, classes=classes)
     if name in imagenet.MODELS:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ class IResNet(nn.Module):
         are resized to 112x112 (bilinear, antialiased where they are larger), and `size` is not
         looked at. A published checkpoint fits "upsample", or "native" at sizes 97 to 112.
     adaface: AdaFace's variant instead of InsightFace's; see the head of the file.
+    state_dict() has the public name `features.*` for what named_parameters() calls
+        `embedding_bn.*`; torch.func.functional_call wants the latter.
     Raises ValueError for a size below 1 or another `input`.
     """
 
@@ -129,8 +132,11 @@ class IResNet(nn.Module):
         return self.prelu(self.bn1(self.conv1(x)))
 
     def head(self, x: Tensor) -> Tensor:
-        """The last map [B, 512, h, w] -> embedding [B, dim]."""
-        return self.embedding_bn(self.fc(self.dropout(self.bn2(x).flatten(1))))
+        """The last map [B, 512, h, w] -> embedding [B, dim]; float32 from the linear layer on,
+        whatever autocast says, as in InsightFace: lengths and cosines are read from it."""
+        flat = self.dropout(self.bn2(x).flatten(1))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.embedding_bn(self.fc(flat.to(self.fc.weight.dtype)))
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, dim]; ValueError for a size that the network does not take."""

@@ -34,12 +34,13 @@ class Recogniser(nn.Module):
 
     def __init__(self, network: Network, size: int, classes: int) -> None:
         super().__init__()
-        self.backbone = build(network.name, size=size, classes=classes)
+        self.backbone = build(network.name, size=size, classes=classes, input=network.input)
         self.classes = classes
         self.head: nn.Module | None = None
         if network.head != "softmax":
             head = HEADS[network.head]
             self.head = head(self.dim, classes, scale=network.scale, margin=network.margin)
+            self._freeze_classifier()
         elif self.backbone.classes is None:
             raise ValueError(
                 f"{network.name} has no classifier of its own: give it a --student.head or "
@@ -50,10 +51,23 @@ class Recogniser(nn.Module):
     def dim(self) -> int:
         return int(self.backbone.dim)  # type: ignore[arg-type]
 
+    def _freeze_classifier(self) -> None:
+        """A classifier that a margin head replaces gets no gradient: data-parallel training would
+        wait for it."""
+        if self.backbone.classes is None:
+            return
+        parameters = list(self.backbone.parameters())
+        logits: Tensor = self.backbone.classify(torch.zeros(1, self.dim))  # type: ignore[operator]
+        reached = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, reached, strict=True):
+            parameter.requires_grad_(gradient is None)
+
     @property
-    def penalty(self) -> Tensor | float:
+    def penalty(self) -> Tensor:
         """The head's regulariser of its last call (MagFace), to be added to the loss; else 0."""
-        return 0.0 if self.head is None else self.head.penalty  # type: ignore[return-value]
+        if self.head is None:
+            return next(self.parameters()).new_zeros(())
+        return self.head.penalty  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embedding [B, D]."""

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
+from shared import degrade
 from shared.degrade import (
     Realistic,
     down_up,
@@ -377,3 +378,17 @@ def test_realistic_is_blur_then_down_then_noise_then_jpeg_within_its_ranges():
 def test_strengths_that_make_no_sense_are_clear_errors(call, words):
     with pytest.raises(ValueError, match=words):
         call(floats(2))
+
+
+@pytest.mark.parametrize("mode,antialias", [("bicubic", True), ("bilinear", False), ("area", True)])
+def test_realistic_blurs_and_resizes_as_the_two_functions_one_after_the_other(mode, antialias):
+    x = torch.rand(5, 3, 33, 28, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.0, 0.3, 1.1, 2.0, 3.7], dtype=torch.float64)
+    found = degrade._blurred_down(x, 9, sigma, mode=mode, antialias=antialias)
+    blurred = degrade.gaussian_blur(x.double(), sigma)
+    expected = degrade.downsample(blurred, 9, mode=mode, antialias=antialias).clamp(0, 1)
+    assert (found - expected).abs().max() < 1e-6
+    for k in range(5):
+        alone = degrade._blurred_down(x[k : k + 1], 9, sigma[k : k + 1], mode=mode,
+                                      antialias=antialias)  # fmt: skip
+        assert torch.equal(alone[0], found[k])

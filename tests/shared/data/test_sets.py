@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from crrcd.eval import evaluate
 from crrcd.train import load_student, train
 from shared.config import Data
+from shared.data import align, classification, sets
+from shared.data.items import fit
 from shared.data.protocols import TEST_SETS, public_set
 from shared.data.sets import FACE_SETS, LICENCES, RETRIEVAL, load
 from tests.conftest import tiny
@@ -52,7 +55,9 @@ def test_a_pack_is_trained_on_and_scored_on_the_bin_beside_it(run: Path) -> None
     assert list(record["columns"]) == ["verification"] and record["unit"] == "pairs"
     assert set(record["rows"]) == {"teacher, HR", "teacher, LR", "alone", "crrcd"}
     told = json.loads((run / "config.json").read_text())
-    assert told["alignment"] == "arcface" and told["test_set"] == "lfw"
+    assert told["alignment"] == "arcface" and told["test_sets"] == ["lfw", "agedb_30"]
+    other = json.loads((run / "results-agedb_30.json").read_text())
+    assert other["evaluation"] == "agedb_30" and set(other["rows"]) == set(record["rows"])
     assert "InsightFace" in told["licence"] and told["selection"] == "development"
     assert load_student(run).alignment == "arcface"
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
@@ -128,6 +133,8 @@ def test_wrong_input_is_told_in_a_line(disk: Path, cache: Path) -> None:
         (dict(test_sets=(f"lfw={disk / 'lfw'}",)), "cut out as 'whole'"),
         (dict(counts="published"), "40 pairs instead of 6,000"),
         (dict(name="cub", root=str(disk / "cub"), development=99), "keeps 99"),
+        (dict(name="cub", landmarks=("x.csv",)), "cub has no faces to align"),
+        (dict(name="folder", test_sets=("lfw=/x",)), "folder has a test part of its own"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             load(replace(pack, **changes), cache=cache)
@@ -160,17 +167,20 @@ def test_landmarks_align_faces_and_are_reported(disk: Path, tmp_path: Path, cach
             lines.append(f"Person_{p}/Person_{p}_{i:04d}.png,{values}")
     csv = tmp_path / "points.csv"
     csv.write_text("\n".join(lines[:-1]) + "\n")
-    data = replace(SMALL, landmarks=str(csv))
+    data = replace(SMALL, landmarks=(str(csv),))
     with pytest.raises(ValueError, match="Person_11_0002.png: no landmarks"):
         public_set("lfw", disk / "lfw", data)
     some = public_set("lfw", disk / "lfw", replace(data, no_landmarks="centre-crop"))
-    assert some.landmarks == {"images": 23, "aligned": 22, "centre-crop": 1}
+    assert some.notes == {"images": 23, "aligned": 22, "centre-crop": 1, "counts": "any"}
     csv.write_text("\n".join(lines) + "\n")
     found = public_set("lfw", disk / "lfw", data)
-    assert found.alignment == "arcface:error" and found.landmarks["aligned"] == 23
+    assert found.alignment == "arcface:error" and found.notes["aligned"] == 23
     pack = replace(data, root=str(disk / "pack"), test_sets=(f"lfw={disk / 'lfw'}",))
     assert load(pack, cache=cache).alignment == "arcface"  # aligned already: left as it is
-    with pytest.raises(ValueError, match="a protocol needs all of its images"):
+    bin_too = replace(pack, no_landmarks="drop", test_sets=(f"a={disk / 'pack' / 'lfw.bin'}",))
+    assert load(bin_too, cache=cache).evaluations["test"].alignment == "arcface"
+    csv.write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match="no landmarks"):  # a protocol drops no face
         public_set("lfw", disk / "lfw", replace(data, no_landmarks="drop"))
 
 
@@ -178,4 +188,55 @@ def test_every_set_has_its_licence_and_its_place_in_the_document() -> None:
     text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     for name in (*FACE_SETS, *RETRIEVAL, *TEST_SETS):
         assert f"`{name}`" in text, name
-    assert set(LICENCES) == {*FACE_SETS, *RETRIEVAL}
+    named = set(LICENCES) | set(classification.LICENCES)
+    assert {*FACE_SETS, *RETRIEVAL, *TEST_SETS} <= named
+
+
+def test_the_fingerprint_is_of_the_files_wherever_they_lie(tmp_path: Path) -> None:
+    """Two trees with the same names and sizes, other pixels: a cached teacher must not serve."""
+    seen = []
+    for place, shift in (("one", 0), ("two", 60)):
+        for p, own in enumerate(trees.people(3, 2)):
+            for i, image in enumerate(own):
+                path = tmp_path / place / "train" / f"n{p:06d}" / f"{i:04d}_01.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes((image + np.uint8(shift)).tobytes()[:900])
+                os.utime(path, ns=(shift, shift))
+        raw = FACE_SETS["vggface2"](tmp_path / place, SMALL)
+        seen.append(sets._fingerprint(raw, SMALL))
+    assert seen[0] != seen[1]
+
+
+def test_a_native_test_set_has_no_high_resolution_row(
+    disk: Path, tmp_path: Path, cache: Path
+) -> None:
+    """Its faces are natively small: the teacher sees them enlarged, and only so."""
+    config = tiny(tmp_path, cache)
+    data = replace(SMALL, root=str(disk / "pack"), test_sets=(f"tinyface={disk / 'tinyface'}",),
+                   any_alignment=True)  # fmt: skip
+    run = train(replace(config, data=data, optim=replace(config.optim, epochs=1)))
+    record = json.loads((run / "results.json").read_text())
+    assert list(record["rows"]) == ["teacher, LR", "alone", "crrcd"]
+    assert record["notes"] == {"counts": "any"}
+
+
+def test_identities_of_a_folder_are_aligned_where_landmarks_are_given(
+    disk: Path, tmp_path: Path, cache: Path
+) -> None:
+    lines = []
+    for part, first in (("train", 0), ("test", 50_000)):
+        for p, own in enumerate(trees.people(20, 4, first=first)):
+            for i, image in enumerate(own):
+                name = f"{part}{p}/{i}.png"
+                trees.put(tmp_path / part / name, image)
+                lines.append(f"{name},10,12,22,12,16,17,11,24,21,24")
+    csv = tmp_path / "points.csv"
+    csv.write_text("\n".join(lines) + "\n")
+    plain = Data(name="folder", root=str(tmp_path), hr=32, lr=16)
+    aligned = load(replace(plain, landmarks=(str(csv),)), cache=cache)
+    assert aligned.alignment == "arcface:error" and load(plain, cache=cache).alignment == ""
+    assert aligned.evaluations["test"].alignment == "arcface:error"
+    first = next(aligned.train.batches([torch.tensor([0])]))[1][0]
+    points = [[10, 12], [22, 12], [16, 17], [11, 24], [21, 24]]
+    cut = align.align(trees.people(1, 1)[0, 0], points)
+    assert torch.equal(first, fit(cut, 32))

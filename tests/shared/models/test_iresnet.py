@@ -259,16 +259,16 @@ def test_every_adaface_name_has_its_place(name, tmp_path):
     """All four layouts, as a bare state dict, without the weight of the real tensors."""
     layout = layout_adaface(ADAFACE[name])
     state = {
-        key: torch.zeros(()).expand(shape).long()
+        key: torch.full((), 7.0).expand(shape).long()
         if key.endswith("tracked")
-        else torch.zeros(()).expand(shape)
+        else torch.full((), 7.0).expand(shape)
         for key, shape in layout.items()
     }
     torch.save(state, tmp_path / "bare.pth")
     model = unfilled(name)
     found = load_backbone(model, tmp_path / "bare.pth")
     assert found.bgr and found.layout == "AdaFace, state dict" and found.left_out == ()
-    assert not any(value.any() for value in model.state_dict().values())
+    assert all((value == 7).all() for value in model.state_dict().values())
 
 
 def test_a_saved_adaface_network_is_rgb_and_stays_so(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shared.config import Network
 from shared.models.recogniser import HEADS, Recogniser, class_means, restore, save
+from shared.run import Run
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -67,3 +70,38 @@ def test_class_means_are_the_means_of_unit_embeddings_batch_by_batch() -> None:
         unit = [v.double() / v.double().norm() for v in e[y == k]]
         mean = torch.stack(unit).sum(0)
         assert torch.allclose(recogniser.head.weight[k].double(), mean / mean.norm(), atol=1e-6)
+
+
+def test_a_classifier_that_a_margin_head_replaces_gets_no_gradient() -> None:
+    """Data-parallel training would wait for its gradients for ever."""
+    recogniser = Recogniser(Network("resnet8", head="cosface"), 16, 5)
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    torch.nn.functional.cross_entropy(recogniser.logits(recogniser(x), y), y).backward()
+    idle = {n for n, p in recogniser.named_parameters() if p.grad is None}
+    assert idle == {n for n, p in recogniser.named_parameters() if not p.requires_grad}
+    assert idle == {"backbone.fc.weight", "backbone.fc.bias"}
+    softmax = Recogniser(Network("resnet8", head="softmax"), 16, 5)
+    assert all(p.requires_grad for p in softmax.parameters())
+
+
+@pytest.mark.parametrize("head", ["curricularface", "adaface"])
+def test_running_statistics_are_those_of_the_global_batch(head: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda m, **_: m)
+    halves = [torch.randn(4, 128), 3 + torch.randn(4, 128)]
+    labels = torch.tensor([0, 1, 2, 3])
+    run = SimpleNamespace(
+        config=SimpleNamespace(compile=False), world=2, device=torch.device("cpu"),
+        gather=lambda local: torch.cat([local, other]),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = Recogniser(Network(head=head), 16, 4)
+    ranked = copy.deepcopy(whole)
+    whole.logits(torch.cat(halves), labels.repeat(2))
+    unit = torch.nn.functional.normalize(ranked.head.weight)
+    cosine = (torch.nn.functional.normalize(halves[1]) @ unit.T).gather(1, labels[:, None])
+    other = cosine.detach() if head == "curricularface" else halves[1].norm(dim=1, keepdim=True)
+    Run.wrap(run, ranked)  # type: ignore[arg-type]
+    ranked.logits(halves[0], labels)
+    for name, value in whole.head.named_buffers():
+        if name != "penalty":
+            assert torch.allclose(value, dict(ranked.head.named_buffers())[name], atol=1e-6), name
