@@ -104,6 +104,9 @@ def train(config: Config) -> Path:
 
     # ---- score
     if run.rank == 0:
+        run.note(skipped=data.left_out())
+        if data.left_out():
+            run.say(f"{len(data.left_out())} images could not be decoded and were left out")
         for name, test in data.tests():
             with run.autocast():
                 rows = results.teacher_rows(taught_by, test, c)
@@ -112,12 +115,10 @@ def train(config: Config) -> Path:
                 for arm in arms(config)
             }
             results.write(run.folder, rows, test, reference="alone", name=name)
+            run.note(seconds=run.seconds())
             print(results.table(run.folder, name))
-        run.note(seconds=run.seconds(), skipped=data.left_out())
-        if data.left_out():
-            run.say(f"{len(data.left_out())} images could not be decoded and were left out")
-        if config.report:
-            report.write(run.folder)
+            if config.report and name == "results":
+                report.write(run.folder)
     return run.folder
 
 

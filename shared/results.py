@@ -50,13 +50,14 @@ def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> 
     cost = count_parameters(backbone), macs(backbone, data.hr)
     device = next(teacher.parameters()).device
     rows = {}
+    task = evaluation.task if evaluation.fit is None else "faces"  # a fit starts from features
     views = {"teacher, HR": normalise, "teacher, LR": upsampled_input}
     if evaluation.native:
         del views["teacher, HR"]
     for name, view in views.items():
 
         def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
-            return teacher.output(view(pixels.to(device), data), evaluation.task)
+            return teacher.output(view(pixels.to(device), data), task)
 
         rows[name] = Row(score(network, evaluation), *cost)
     return rows

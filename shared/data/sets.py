@@ -47,10 +47,21 @@ class DataSet:
     more_tests: Mapping[str, Callable[[], Evaluation]] = field(default_factory=dict)
 
     def tests(self) -> Iterator[tuple[str, Evaluation]]:
-        """What to score on at the end, one after the other, and the name of each table."""
+        """What to score on at the end, one after the other, and the name of each table.
+
+        One that cannot be read does not keep the others back: its ValueError comes last.
+        """
         yield "results", self.evaluations["test"]
+        failed = []
         for name, load in self.more_tests.items():
-            yield f"results-{name}", load()
+            try:
+                found = load()
+            except ValueError as error:
+                failed.append(str(error))
+                continue
+            yield f"results-{name}", found
+        if failed:
+            raise ValueError(f"not scored: {'; '.join(failed)}")
 
     def left_out(self) -> list[str]:
         """Files left out so far, also while streaming."""
@@ -189,6 +200,12 @@ def _face_set(data: Data) -> DataSet:
     tests = _test_sets(data, root)  # asked for first: decoding may take long
     first, *others = tests
     test = public_set(*tests[first], data)
+
+    def other(name: str) -> Evaluation:
+        found = public_set(*tests[name], data)
+        check_alignment(alignment, found, data)
+        return found
+
     raw = FACE_SETS[data.name](root, data)
     if data.name == "recordio":
         check_pack(raw, root, data)
@@ -215,7 +232,7 @@ def _face_set(data: Data) -> DataSet:
         skipped=tuple(skipped),
         alignment=alignment,
         notes=notes,
-        more_tests={name: partial(public_set, *tests[name], data) for name in others},
+        more_tests={name: partial(other, name) for name in others},
     )
 
 
@@ -339,8 +356,8 @@ def evaluation(
     name: "shifted" (faces: the test identities under other lighting, noise, blur, compression),
     "folder" (ROOT/<class>/*; the classes in sorted order, or identities), a public test set of
     shared.data.protocols at `root`, or a split of the data set that `data` names ("test",
-    "development"). classes: of the student. teachers: identities
-    of its teacher, whose rendered faces are then found in the cache.
+    "development"). classes: of the student. teachers: identities of its teacher, whose rendered
+    faces are then found in the cache.
     Raises ValueError, naming what there is, for anything else.
     """
     if name == "folder":

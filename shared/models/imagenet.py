@@ -193,12 +193,13 @@ class TimmNetwork(nn.Module):
                 f"timm:{name} needs timm, which is not installed: pip install timm"
             ) from error
         try:
-            self.net: Any = timm.create_model(name, num_classes=0, **kwargs)
+            net: Any = timm.create_model(name, num_classes=0, **kwargs)
         except Exception as error:  # RuntimeError for a name, TypeError for an argument, network
             finding = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"timm:{name} cannot be made: {finding}") from error
         # MobileNets widen once more between the last map and the classifier
-        self.dim = int(getattr(self.net, "head_hidden_size", None) or self.net.num_features)
+        self.dim = int(getattr(net, "head_hidden_size", None) or net.num_features)
+        self.net = net
         self.classes = classes
         self.classifier = None if classes is None else nn.Linear(self.dim, classes)
 

@@ -207,6 +207,17 @@ def test_the_fingerprint_is_of_the_files_wherever_they_lie(tmp_path: Path) -> No
     assert seen[0] != seen[1]
 
 
+def test_a_test_set_that_cannot_be_read_keeps_no_other_back(disk: Path, cache: Path) -> None:
+    pack = disk / "pack"
+    sets_named = (f"a={pack / 'lfw.bin'}", f"lfw={disk / 'lfw'}", f"b={pack / 'agedb_30.bin'}")
+    found = load(replace(SMALL, root=str(pack), test_sets=sets_named), cache=cache)
+    seen = []
+    with pytest.raises(ValueError, match="^not scored: lfw: faces are cut out as 'whole'"):
+        for name, _ in found.tests():
+            seen.append(name)
+    assert seen == ["results", "results-b"]
+
+
 def test_a_native_test_set_has_no_high_resolution_row(
     disk: Path, tmp_path: Path, cache: Path
 ) -> None:
