@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from shared.kernels.dispatch import without_autocast
 
 WIDTHS = (64, 128, 256, 512)
 FULL = 112  # pixels a side of an aligned face
@@ -135,7 +136,7 @@ class IResNet(nn.Module):
         """The last map [B, 512, h, w] -> embedding [B, dim]; float32 from the linear layer on,
         whatever autocast says, as in InsightFace: lengths and cosines are read from it."""
         flat = self.dropout(self.bn2(x).flatten(1))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self.embedding_bn(self.fc(flat.to(self.fc.weight.dtype)))
 
     def features(self, x: Tensor) -> Tensor:

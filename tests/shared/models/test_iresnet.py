@@ -393,3 +393,12 @@ def test_build_gives_every_family_what_it_takes(name, classes):
     assert embedding.shape == (2, model.dim) and model.classes == classes
     with pytest.raises(ValueError, match=r"unknown model 'iresnet-18'; did you mean iresnet18"):
         build("iresnet-18", size=16, classes=7)
+
+
+def test_the_embedding_is_float32_under_autocast():
+    """Lengths and cosines are read from it; bf16 has a step of .004 near 1."""
+    model = IResNet((1, 1, 1, 1), size=16, dim=8).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedding, maps = model(x)
+    assert embedding.dtype == torch.float32 and maps["stage1"].dtype == torch.bfloat16
