@@ -9,8 +9,9 @@ import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
-ENVIRONMENT = {"OMP_NUM_THREADS": "2", "MPLBACKEND": "Agg"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+# Two processes of one thread each; a file's tests stay together, for what they share.
+TWO_AT_ONCE = ("-n", "2", "--dist", "loadfile")
 
 
 @nox.session
@@ -31,14 +32,16 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite without what is marked gpu or slow: under 15 minutes on 2 cores."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "-m", "not gpu and not slow", *session.posargs, env=ENVIRONMENT)
+    session.run(
+        "pytest", "-m", "not gpu and not slow", *TWO_AT_ONCE, *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Tests marked slow: readers under thousands of damaged files, large searches."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "-m", "slow", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
