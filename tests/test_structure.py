@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crrcd.config import Config, Variant
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 
 PAPERS = ("horkd", "crrcd", "aird", "btnet", "embedkd", "baselines")
 SOURCES = [p for top in ("shared", *PAPERS) for p in sorted((ROOT / top).rglob("*.py"))]
@@ -93,3 +93,11 @@ def test_tyro_is_imported_only_when_a_command_line_is_read() -> None:
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             assert "tyro" not in names, path
+
+
+def test_a_script_starts_without_what_few_runs_need() -> None:
+    """torchvision alone takes as long to import as torch."""
+    asked = "import sys, crrcd.train, crrcd.eval; print(*sys.modules)"
+    loaded = set(python("-c", asked).stdout.split())
+    assert "crrcd.train" in loaded
+    assert not loaded & {"torchvision", "timm", "tyro", "numba", "sklearn"}

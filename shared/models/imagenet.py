@@ -18,9 +18,7 @@ from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
 
 class RetrievalNetwork(nn.Module):
@@ -66,7 +64,9 @@ class RetrievalResNet(RetrievalNetwork):
     def __init__(
         self, name: str, *, dim: int = 512, weights: Literal["imagenet"] | None = None
     ) -> None:
-        trunk: Any = torchvision.models.get_model(name, weights=None)
+        from torchvision import models  # seconds to import, which no other network should wait
+
+        trunk: Any = models.get_model(name, weights=None)
         super().__init__(trunk.fc.in_features, dim)
         if weights is not None:
             trunk.load_state_dict(_published(name, weights))
@@ -85,7 +85,7 @@ class RetrievalResNet(RetrievalNetwork):
             *blocks, last = stage
             for block in blocks:
                 out = block(out)
-            if isinstance(last, Bottleneck):
+            if hasattr(last, "conv3"):  # a bottleneck
                 maps[f"{name}.inner"] = _inner(last, out)
                 out = _outer(last, maps[f"{name}.inner"], out)
             else:
@@ -94,13 +94,13 @@ class RetrievalResNet(RetrievalNetwork):
         return maps
 
 
-def _inner(block: Bottleneck, x: Tensor) -> Tensor:
+def _inner(block: Any, x: Tensor) -> Tensor:
     """The first two thirds of torchvision's bottleneck: 1x1, 3x3, each with BN and ReLU."""
     out = F.relu(block.bn1(block.conv1(x)))
     return F.relu(block.bn2(block.conv2(out)))
 
 
-def _outer(block: Bottleneck, inner: Tensor, x: Tensor) -> Tensor:
+def _outer(block: Any, inner: Tensor, x: Tensor) -> Tensor:
     shortcut = x if block.downsample is None else block.downsample(x)
     return F.relu(block.bn3(block.conv3(inner)) + shortcut)
 
@@ -108,7 +108,9 @@ def _outer(block: Bottleneck, inner: Tensor, x: Tensor) -> Tensor:
 def _published(name: str, weights: str) -> dict[str, Tensor]:
     if weights != "imagenet":
         raise ValueError(f"weights is {weights!r}: it must be imagenet, or None for fresh ones")
-    published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    from torchvision import models
+
+    published: Any = models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return published.get_state_dict(
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
