@@ -61,7 +61,7 @@ def resident_faces() -> tuple[Run, Run, int]:
 def resident_folder(folder: Path) -> tuple[Run, Run, int]:
     """Photographs of 500 x 375 from files to 256 px: shorter side, centre crop."""
     names = []
-    for k, data in enumerate(photographs(24, 375, 500)):
+    for k, data in enumerate(photographs(64, 375, 500)):
         names.append(f"{k}.jpg")
         (folder / names[-1]).write_bytes(data)
     items = Files(folder, names, np.zeros(len(names)))
@@ -87,7 +87,7 @@ def test_images_a_second(name: str, bar: float, record, benchmark, tmp_path) -> 
         "resident folder": lambda: resident_folder(tmp_path),
     }
     plain, ours, count = made[name]()
-    found = confirmed(plain, ours, bar, rounds=9)
+    found = confirmed(plain, ours, bar, rounds=5)
     rate, theirs = count / median(ours), count / median(plain)
     print(f"\n{name}: {rate:,.0f} images/s, {found:.2f} times a Pillow loop's {theirs:,.0f}")
     record(f"{name} against a Pillow loop", speed=found)

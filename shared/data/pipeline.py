@@ -26,7 +26,7 @@ from shared.data.items import Items, Subset, fit
 from shared.data.samplers import PKSampler
 from shared.degrade import low, to_float, to_uint8
 
-PART = 64  # images that a decoding thread takes at a time
+PART = 16  # images that a decoding thread takes at a time
 LR_TABLE_BYTES = 1 << 30  # every LR view is kept when all of them fit into this
 
 
