@@ -63,7 +63,7 @@ def _classified(name: Any) -> Callable[[Path, Counts], Parts]:
 def _items(images: Images) -> Items:
     if isinstance(images, Resident):
         pixels = images.pixels.permute(0, 2, 3, 1).numpy()
-        return Encoded("", list(pixels), images.labels.numpy())
+        return Encoded("image", list(pixels), images.labels.numpy())
     raise ValueError("too large to be decoded into memory")
 
 

@@ -61,7 +61,7 @@ def test_wrong_counts_and_damaged_images_are_named_with_exit_code_1(
     [
         ("recordio", "gone", "gone: no such file or folder"),
         ("martians", ".", "no data set 'martians' (there are: "),
-        ("sop", ".", ""),
+        ("sop", ".", "no Ebay_train.txt"),
         ("lfw", ".", "pairs.txt"),
     ],
 )
