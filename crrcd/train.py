@@ -7,12 +7,15 @@ with plain KD, and with CRRCD, and ends in one table.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from crrcd.config import ABOUT, RECIPES, Config, arms, members
+from crrcd.config import ABOUT, NAME, RECIPES, Config, arms, members
+from crrcd.figures import draw
+from crrcd.finetune import finetune
 from crrcd.losses import L_total
 from crrcd.model import CollapseAlarm, FeatureQueue, Normaliser, RelationCritic, derangement
 from shared import cli, optim, report, results, teacher
@@ -25,7 +28,6 @@ from shared.models.recogniser import Recogniser, Student, load_trained, reader
 from shared.run import Run
 
 __all__ = ["NAME", "RECIPES", "load_student", "train"]
-NAME = "crrcd"
 
 
 def train(config: Config) -> Path:
@@ -42,10 +44,11 @@ def train(config: Config) -> Path:
 
     # ---- networks
     run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
-    taught_by = teacher.get(run, config.teacher, c, data)
-    for arm, wanted in arms(config).items():  # the baselines, then the paper's student
-        if run.has_student(arm):
-            continue
+    students = arms(config)  # the baselines, then the paper's
+    to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
+    passes = sum(one.optim.epochs for one in to_train.values() if one.alpha or one.beta)
+    taught_by = teacher.get(run, config.teacher, c, data, loader=loader, passes=passes)
+    for arm, wanted in to_train.items():
         torch.manual_seed(config.seed)  # every student starts from the same weights
         student = run.place(Recogniser(wanted.student, c.lr, data.classes))
         relation = run.place(RelationCritic(taught_by.dim, student.dim, wanted.d))
@@ -68,7 +71,7 @@ def train(config: Config) -> Path:
             with run.autocast():
                 e_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
-                    e_t, z_t = taught_by(batch.x_h())
+                    e_t, z_t = taught_by.targets(batch)
             cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
             penalty = student.penalty  # MagFace's; of the call before
             kd_ = kd(student.logits(e_s), z_t, wanted.rho) if wanted.alpha else zero
@@ -112,7 +115,7 @@ def train(config: Config) -> Path:
                 rows = results.teacher_rows(taught_by, test, c)
             rows |= {
                 arm: results.student_row(run.place(load_student(run.folder, arm)), test)
-                for arm in arms(config)
+                for arm in students
             }
             results.write(run.folder, rows, test, reference="alone", name=name)
             run.note(seconds=run.seconds())
@@ -136,8 +139,9 @@ def main() -> None:
     runs = members(cli.parse(NAME, RECIPES, ABOUT, members))
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
-    for config in runs:
-        train(config)
+    done = [finetune(config) if config.start else train(config) for config in runs]
+    if runs[0].figure and int(os.environ.get("RANK", 0)) == 0:
+        draw(runs[0], done)
 
 
 if __name__ == "__main__":

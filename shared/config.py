@@ -157,7 +157,15 @@ class Teacher(Network):
     """What images its weights are for; auto: bgr for AdaFace's files, else rgb."""
     identities: int = 400
     """faces: identities the teacher is trained on; the student's are the first of them."""
+    outputs: Literal["auto", "always", "never"] = "auto"
+    """Keep its outputs for every training view in the cache, instead of asking it at each step.
+    auto: where the views are no more than the passes over the data that it saves, or are there."""
+    outputs_gib: float = 32.0
+    """Most that these may take on disk, LR views of images that are decoded from files included."""
     optim: Optim = field(default_factory=lambda: Optim(epochs=20))
+
+    def __post_init__(self) -> None:
+        _at_least(0, "teacher", self, "outputs_gib")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import io
 import json
 import re
 import time
-import zipfile
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -27,23 +26,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from shared import cli
-from shared.config import SCHEMA
+from shared import cli, figures
 from shared.degrade import low
+from shared.figures import INK, OTHERS, OWN, PAPER, REFERENCE, STYLE
 from shared.files import write_bytes, write_text
 
-INK, PAPER = "#010203", "#fefdfc"  # become the page's own colours in the SVG
-OWN, REFERENCE = "#d55e00", "#808080"
-OTHERS = ("#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7")  # Okabe and Ito's, with OWN
-MARKERS = "o^sDv"  # with OTHERS: 25 classes that differ also without colour
-STYLE: dict[Any, Any] = {
-    "font.size": 9, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "grid.color": INK, "grid.alpha": 0.12,
-    "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
-    "legend.frameon": False, "legend.fontsize": 7.5, "text.parse_math": False,
-    "svg.hashsalt": "report",  # the same run gives the same bytes
-}  # fmt: skip
 POINTS = 300  # of a curve; more are averaged in windows
 EMBEDDED = 1000  # points of a t-SNE: about 5 s on one core
 TERMS = {
@@ -57,19 +44,14 @@ class Finished:
     """What a run left. Raises ValueError for a folder that is no finished run of this schema."""
 
     def __init__(self, folder: Path) -> None:
-        for name in ("config.json", "results.json", "arrays.npz"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no finished run here ({name} is missing)")
         self.folder = folder
-        self.config, self.results = (_record(folder / f"{n}.json") for n in ("config", "results"))
+        self.config, self.results = (
+            figures.read_record(folder / f"{n}.json") for n in ("config", "results")
+        )
         self.rows: dict[str, Any] = self.results["rows"]
         if not self.rows:
             raise ValueError(f"{folder / 'results.json'}: no rows in the table")
-        try:
-            with np.load(folder / "arrays.npz") as stored:
-                self.arrays: dict[str, np.ndarray] = dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{folder / 'arrays.npz'}: not readable ({error})") from None
+        self.arrays = figures.read_arrays(folder / "arrays.npz")
         self.metrics: dict[str, list[dict[str, float]]] = {}  # by phase
         path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -86,17 +68,6 @@ class Finished:
         rest = [n for n in dict.fromkeys([*self.rows, *self.metrics]) if n != self.reference]
         self.colour = {name: OTHERS[k % len(OTHERS)] for k, name in enumerate(rest)}
         self.colour |= {self.reference or "": REFERENCE} | {self.own: OWN}
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-    found = record.get("schema") if isinstance(record, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path}: schema {found}, this code reads {SCHEMA}")
-    return record
 
 
 def write(folder: Path) -> Path:
@@ -166,14 +137,16 @@ def _about(run: Finished) -> str:
 def _table(run: Finished) -> str:
     best = {name: found for name, lines in run.metrics.items() if (found := _best(lines))}
     head, body = ["network"], []
-    for heading in run.results["columns"].values():
-        head += [f"{heading} (%)"] + ([f"minus {run.reference}"] if run.reference else [])
+    compared = {c for row in run.rows.values() for c, x in row["cells"].items() if "difference" in x}
+    for column, heading in run.results["columns"].items():
+        head += [f"{heading} (%)"] + ([f"minus {run.reference}"] if column in compared else [])
     head += ["parameters", "MACs"] + (["best epoch"] if best else [])
     for name, row in run.rows.items():
         line = [f'<i style="background:{run.colour[name]}"></i>{escape(name)}']
-        for cell in (row["cells"][column] for column in run.results["columns"]):
+        for column in run.results["columns"]:
+            cell = row["cells"][column]
             line.append(_cell(cell, ".2f"))
-            if run.reference:
+            if column in compared:
                 line.append(_cell(cell.get("difference"), "+.2f"))
         line += [f"{row['parameters']:,}", f"{row['macs'] / 1e6:,.1f} M"]
         body.append(line + ([best.get(name, "")] if best else []))
@@ -241,14 +214,11 @@ def _headline(run: Finished) -> str:
 
 def _image(run: Finished, name: str, figure: Figure, alt: str) -> str:
     """figures/NAME.png, and the <img> that holds the figure as SVG."""
-    if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.legend(loc="outside upper left", ncols=4, columnspacing=1, handlelength=1.3)
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    figures.legend(figure)
+    png, svg = figures.rendered(figure, 150, transparent=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    write_bytes(run.folder / "figures" / f"{slug}.png", png.getvalue())
-    text = svg.getvalue().decode().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+    write_bytes(run.folder / "figures" / f"{slug}.png", png)
+    text = svg.decode().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
     text = text.replace('<style type="text/css">', f'<style type="text/css">{SCHEME}', 1)
     code = base64.b64encode(text.encode()).decode()
     return f'<img class="plot" src="data:image/svg+xml;base64,{code}" alt="{escape(alt)}">\n'
@@ -320,21 +290,16 @@ def _similarity(run: Finished) -> str:
     if not scores:
         return ""
     same = run.arrays["pairs/same"]
-    bins = np.linspace(-1, 1, 101)  # those that the overlap is measured with
-    shares = {n: [100 * np.histogram(s[k], bins)[0] / max(1, k.sum()) for k in (same, ~same)]
-              for n, s in scores.items()}  # fmt: skip
+    shares = {name: figures.pair_shares(s, same) for name, s in scores.items()}
     left, top = min(s.min() for s in scores.values()) - 0.02, np.max(list(shares.values())) * 1.05
     plots = ""
-    for name, (positive, negative) in shares.items():
+    for name, share in shares.items():
         measured = run.rows[name]["metrics"]
         found = [f"; {k} {_metric(k, measured[k])}" for k in ("margin", "overlap") if k in measured]
         title = name + "".join(found)
         figure, axes = _panel()
-        axes.stairs(
-            positive, bins, fill=True, color=run.colour[name], alpha=0.7, label="same person"
-        )
-        axes.stairs(negative, bins, color=INK, lw=1.2, label="different people")
-        axes.axvline(float(run.arrays[f"{name}/threshold"]), color=INK, ls="--", lw=0.8)
+        threshold = float(run.arrays[f"{name}/threshold"])
+        figures.pair_panel(axes, share, threshold, (run.colour[name], INK))
         axes.set(xlim=(left, 1), ylim=(0, top), xlabel="cosine", ylabel="pairs (%)", title=title)
         plots += _image(run, f"similarity-{name}", figure, f"Histograms of cosines, {title}")
     return (
@@ -347,46 +312,27 @@ def _similarity(run: Finished) -> str:
 def _tsne(run: Finished) -> str:
     """CRRCD's Fig. 4: the reference and the paper's own, coloured by class."""
     labels = run.arrays.get("points/labels", np.empty(0))
-    some = slice(None, None, max(1, -(-len(labels) // EMBEDDED)))
+    some = figures.thinned(len(labels), EMBEDDED)
     labels, plots = labels[some], ""
     classes = np.unique(labels)
     for name in dict.fromkeys([run.reference or run.own, run.own]):
         if len(labels) < 4 or f"{name}/points" not in run.arrays:
             continue
-        flat = _embedded(run.arrays[f"{name}/points"][some].astype(np.float64), run.faces)
+        points = run.arrays[f"{name}/points"][some].astype(np.float64)
+        flat = figures.embedded(figures.directions(points) if run.faces else points)
         figure, axes = _panel(3.6, 3.6)
-        for k, c in enumerate(classes):
-            x, y = flat[labels == c].T
-            axes.scatter(
-                x, y, s=14, alpha=0.8, lw=0, color=OTHERS[k % 5], marker=MARKERS[k // 5 % 5]
-            )
-            box = {"fc": PAPER, "alpha": 0.5, "ec": "none", "boxstyle": "round,pad=.1"}
-            axes.text(np.median(x), np.median(y), f"{c}", ha="center", va="center", fontsize=8,
-                      weight="bold", bbox=box)  # fmt: skip
-        axes.set(xticks=[], yticks=[])
+        figures.class_panel(axes, flat, labels)
         axes.spines[:].set(visible=True, color=run.colour[name], lw=1.5)
         axes.set_title(name, color=run.colour[name])
         alt = f"t-SNE of {len(flat)} embeddings of {name}, {len(classes)} classes"
         plots += _image(run, f"tsne-{name}", figure, alt)
     kind = "identities" if run.faces else "classes"
+    marked = "coloured" + (" and numbered" if len(classes) <= figures.NUMBERED else "")
     return plots and (
-        f"<p>t-SNE of {len(labels)} images of {len(classes)} {kind}, coloured and numbered. The "
+        f"<p>t-SNE of {len(labels)} images of {len(classes)} {kind}, {marked}. The "
         "axes have no unit, and distances between clusters no meaning.</p>\n"
         f'<div class="plots wide">{plots}</div>'
     )
-
-
-def _embedded(points: np.ndarray, cosine: bool) -> np.ndarray:
-    """[N, D] to [N, 2] by t-SNE, always the same for the same points."""
-    from sklearn.manifold import TSNE  # two seconds to import, and only the report needs it
-
-    if cosine:
-        points = points / np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
-    # scikit-learn's start by PCA is NaN for a collapsed network, and the process dies of it
-    spread = points.shape[1] > 1 and np.ptp(points, axis=0).max() > 1e-6 * np.abs(points).max()
-    start = "pca" if spread else "random"
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(init=start, perplexity=perplexity, random_state=0).fit_transform(points)
 
 
 def _examples(run: Finished) -> str:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from shared.config import SCHEMA, Data
 from shared.data.pipeline import normalise, upsampled_input
 from shared.data.protocols import Evaluation
 from shared.evaluate.intervals import paired
-from shared.evaluate.score import Score, score
+from shared.evaluate.score import Network, Score, score
 from shared.files import write_bytes, write_text
 from shared.models import count_parameters, macs
 from shared.models.recogniser import Student, reader
 from shared.teacher import FrozenTeacher
 
 EXAMPLES = 6  # pairs of each kind kept for the report
-POINTS_PER_CLASS, POINT_CLASSES = 400, 10  # of the t-SNE, as in CRRCD's Fig. 4
+# Of the t-SNE: CRRCD's Fig. 4 has 400 images of each of 10 classes, AIRD's 100 people of UCCS.
+POINTS_PER_CLASS, POINT_CLASSES, POINT_PEOPLE = 400, 10, 100
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,40 @@ class Row:
     macs: int  # of one image, multiply-accumulates
 
 
-def student_row(student: Student, evaluation: Evaluation) -> Row:
-    """The student on LR images made from the evaluation's HR ones."""
-    data, backbone = student.data, student.recogniser.backbone
+def student_row(
+    student: Student,
+    evaluation: Evaluation,
+    *,
+    enrolled: Network | None = None,
+    best: bool = False,
+    adapt: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+) -> Row:
+    """The student on LR images made from the evaluation's HR ones.
+
+    enrolled, best: see shared.evaluate.score.score. adapt: a context for the student's network
+    that is entered anew for each set of images.
+    """
+    data, recogniser = student.data, student.recogniser
     task = student.task if evaluation.fit is None else "faces"  # a fit starts from features
-    found = score(reader(student.recogniser, data, task), evaluation)
-    return Row(found, count_parameters(backbone), macs(backbone, data.lr))
+    found = score(
+        reader(recogniser, data, task), evaluation, enrolled=enrolled, best=best,
+        adapt=lambda: adapt(recogniser),
+    )  # fmt: skip
+    return Row(found, *student_cost(student))
 
 
-def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> dict[str, Row]:
+def student_cost(student: Student) -> tuple[int, int]:
+    """(parameters, multiply-accumulates of one image)."""
+    backbone = student.recogniser.backbone
+    return count_parameters(backbone), macs(backbone, student.data.lr)
+
+
+def teacher_rows(
+    teacher: FrozenTeacher, evaluation: Evaluation, data: Data, *, best: bool = False
+) -> dict[str, Row]:
     """The teacher on HR images, and on LR images up-sampled to its size (natively small ones: only
     that)."""
-    backbone = teacher.recogniser.backbone
-    cost = count_parameters(backbone), macs(backbone, data.hr)
+    cost = teacher_cost(teacher, data)
     device = next(teacher.parameters()).device
     rows = {}
     task = evaluation.task if evaluation.fit is None else "faces"  # a fit starts from features
@@ -59,8 +83,14 @@ def teacher_rows(teacher: FrozenTeacher, evaluation: Evaluation, data: Data) -> 
         def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
             return teacher.output(view(pixels.to(device), data), task)
 
-        rows[name] = Row(score(network, evaluation), *cost)
+        rows[name] = Row(score(network, evaluation, best=best), *cost)
     return rows
+
+
+def teacher_cost(teacher: FrozenTeacher, data: Data) -> tuple[int, int]:
+    """(parameters, multiply-accumulates of one image)."""
+    backbone = teacher.recogniser.backbone
+    return count_parameters(backbone), macs(backbone, data.hr)
 
 
 def write(
@@ -73,7 +103,8 @@ def write(
     epoch: str = "last",
 ) -> None:
     """NAME.json (numbers with intervals, and paired differences to `reference`); for the results of
-    a run also arrays.npz (per-item outcomes, pair scores, points and example pairs)."""
+    a run (NAME begins with "results") also what lies behind them, see `arrays_of`: per-item
+    outcomes, pair scores, points and example pairs."""
     some = next(iter(rows.values())).score
     columns = some.columns
     table: dict[str, Any] = {}
@@ -84,7 +115,7 @@ def write(
             interval = row.score.interval(column)
             cells[column] = {"value": interval.mean, "low": interval.low, "high": interval.high}
             arrays[f"{who}/correct/{column}"] = np.packbits(row.score.correct[column])
-            if reference in rows and who != reference:
+            if reference in rows and who != reference and column != "verification_best":
                 base = rows[reference].score
                 gain = paired(
                     100.0 * row.score.correct[column],
@@ -113,14 +144,19 @@ def write(
         "reference": reference if reference in rows else None,
         "rows": table,
     }
-    if name == "results":
+    if name.startswith("results"):
         for column in columns:
             arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
         _figures(arrays, rows, evaluation)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        write_bytes(folder / "arrays.npz", buffer.getvalue())
+        write_bytes(arrays_of(folder, name), buffer.getvalue())
     write_text(folder / f"{name}.json", json.dumps(record, indent=1))
+
+
+def arrays_of(folder: Path, name: str = "results") -> Path:
+    """Where the arrays of the table NAME lie."""
+    return folder / ("arrays.npz" if name == "results" else f"{name}.npz")
 
 
 def table(folder: Path, name: str = "results", *, details: bool = False) -> str:
@@ -130,16 +166,22 @@ def table(folder: Path, name: str = "results", *, details: bool = False) -> str:
     """
     record = json.loads((folder / f"{name}.json").read_text())
     columns, reference = record["columns"], record["reference"]
+    compared = [
+        column
+        for column in columns
+        if any("difference" in row["cells"][column] for row in record["rows"].values())
+    ]
     head = ["", "parameters", "MACs"]
-    for heading in columns.values():
-        head += [f"{heading} [95 %]"] + ([f"minus {reference} [95 %]"] if reference else [])
+    for column, heading in columns.items():
+        head += [f"{heading} [95 %]"]
+        head += [f"minus {reference} [95 %]"] if column in compared else []
     lines = [head]
     for name, row in record["rows"].items():
         line = [name, f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M"]
         for column in columns:
             cell = row["cells"][column]
             line.append(f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
-            if reference:
+            if column in compared:
                 gain = cell.get("difference")
                 line.append(
                     f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
@@ -175,9 +217,8 @@ def _figures(
 ) -> None:
     """What the report draws: pair scores, points for t-SNE, example pairs."""
     labels = evaluation.images.labels.numpy()
-    chosen = np.concatenate(
-        [np.flatnonzero(labels == c)[:POINTS_PER_CLASS] for c in np.unique(labels)[:POINT_CLASSES]]
-    )
+    classes = np.unique(labels)[: POINT_CLASSES if evaluation.fit is None else POINT_PEOPLE]
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:POINTS_PER_CLASS] for c in classes])
     arrays["points/labels"] = labels[chosen]
     for name, row in rows.items():
         arrays[f"{name}/points"] = row.score.extra["embeddings"][chosen].astype(np.float32)

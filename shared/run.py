@@ -160,9 +160,13 @@ class Run:
     # -- ranks -----------------------------------------------------------------------------------
 
     def gather(self, local: Tensor) -> Tensor:
-        """[B, ...] of every rank, in rank order: [world * B, ...]. No gradient."""
+        """[B, ...] of every rank, in rank order: [world * B, ...]. No gradient.
+
+        On the run's device, but for one rank: then `local` itself.
+        """
         if self.world == 1:
             return local
+        local = local.to(self.device)  # nccl takes no others
         parts = [torch.empty_like(local) for _ in range(self.world)]
         dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,18 +16,21 @@ from tqdm import tqdm
 from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
 from shared.data import procedural
-from shared.data.pipeline import Loader
+from shared.data.kept import locked
+from shared.data.pipeline import Batch, Loader
 from shared.data.protocols import Task
 from shared.data.sets import DataSet
+from shared.data.teacher_cache import TeacherCache
 from shared.models import checkpoints
 from shared.models.recogniser import Recogniser, class_means, restore, save
 from shared.run import Run
 
-# Fields of Data that no teacher depends on.
+# Fields of Data, and of Teacher, that no teacher depends on.
 _STUDENT_ONLY = (
     "lr", "kernel", "antialias", "degradation", "development", "test", "on_error", "resident_gib",
     "workers", "identities", "classes", "root", "counts", "test_sets", "landmarks", "any_alignment",
 )  # fmt: skip
+_OF_OUTPUTS = ("outputs", "outputs_gib")
 
 
 class FrozenTeacher(nn.Module):
@@ -40,6 +42,7 @@ class FrozenTeacher(nn.Module):
     def __init__(self, recogniser: Recogniser, classes: int) -> None:
         super().__init__()
         self.recogniser, self.classes = recogniser.eval().requires_grad_(False), classes
+        self.cache: TeacherCache | None = None
 
     @property
     def dim(self) -> int:
@@ -48,7 +51,32 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, x_h: Tensor) -> tuple[Tensor, Tensor]:
         e_t = self.recogniser(x_h)
-        return e_t.float(), self.recogniser.logits(e_t)[:, : self.classes]
+        return e_t.float(), self.logits(e_t)
+
+    @torch.no_grad()
+    def logits(self, e_t: Tensor) -> Tensor:
+        """[B, D] -> [B, classes]."""
+        return self.recogniser.logits(e_t)[:, : self.classes]
+
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(e_t [B, D], z_t [B, classes]) of a batch's HR views, float32.
+
+        Kept ones where `get` keeps them, else live: the same bits (shared.data.teacher_cache). To
+        be called under the run's autocast.
+        """
+        if self.cache is not None and self.cache.ready:
+            return self.cache.rows(batch)
+        return self(batch.x_h())
+
+    def embeddings(self) -> np.ndarray:
+        """e_t of all training images without augmentation, [N, D] float32 by number, read-only.
+
+        From the cache, or by one pass that is then kept there. Every rank has to call it. An image
+        that could not be decoded, and was not to stop the run, has zeros.
+        """
+        if self.cache is None:
+            raise ValueError("this teacher was given no loader: teacher.get(..., loader=loader)")
+        return self.cache.embeddings()
 
     @torch.no_grad()
     def output(self, x_h: Tensor, task: Task) -> Tensor:
@@ -57,21 +85,39 @@ class FrozenTeacher(nn.Module):
         return e_t if task == "faces" else z_t
 
 
-def get(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> FrozenTeacher:
+def get(
+    run: Run,
+    teacher: Teacher,
+    data: Data,
+    dataset: DataSet,
+    *,
+    loader: Loader | None = None,
+    passes: int = 0,
+) -> FrozenTeacher:
     """The teacher that the configuration names, from the cache, a checkpoint or a training run.
 
-    Interrupted training goes on where it stopped; a second process that wants the same teacher
-    waits for the first. Raises ValueError for a checkpoint that does not fit.
+    loader: of the images that it will teach on. passes: how often it will be asked about them in
+    the whole run, epochs x students taught; its outputs are kept where that pays (0: never), see
+    Teacher.outputs. Interrupted training goes on where it stopped; a second process that wants the
+    same teacher waits for the first. Raises ValueError for a checkpoint that does not fit.
     """
+    frozen = FrozenTeacher(_recogniser(run, teacher, data, dataset), dataset.classes)
+    if loader is not None:
+        frozen.cache = TeacherCache(run, teacher, frozen, loader, dataset.fingerprint)
+        frozen.cache.keep(passes)
+    return frozen
+
+
+def _recogniser(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Recogniser:
     torch.manual_seed(run.config.seed)
     recogniser = Recogniser(teacher, data.hr, dataset.teacher_classes)
     run.place(recogniser)
     if teacher.checkpoint:
         _load_own(run, recogniser, teacher, data, dataset)
-        return FrozenTeacher(recogniser, dataset.classes)
+        return recogniser
     folder = _folder(run, teacher, data, dataset)
     path = folder / "teacher.safetensors"
-    with _lock(folder) if run.rank == 0 else contextlib.nullcontext():
+    with locked(folder, run.say) if run.rank == 0 else contextlib.nullcontext():
         trained = run.broadcast(path.is_file())
         if not trained:
             _train(run, recogniser, teacher, data, dataset, folder)
@@ -80,7 +126,7 @@ def get(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> FrozenTeach
     run.broadcast(None)  # nobody reads before it is written
     restore(recogniser, path)
     run.say(f"teacher: {teacher.name} {'from' if trained else 'trained, kept in'} {folder}")
-    return FrozenTeacher(recogniser, dataset.classes)
+    return recogniser
 
 
 def _train(
@@ -145,7 +191,7 @@ def _fit_head(
         made_of = hashlib.file_digest(file, "sha256").hexdigest()
     folder = _folder(run, teacher, data, dataset, made_of)
     fitted = folder / "teacher.safetensors"
-    with _lock(folder) if run.rank == 0 else contextlib.nullcontext():
+    with locked(folder, run.say) if run.rank == 0 else contextlib.nullcontext():
         found = run.broadcast(fitted.is_file())
         if not found and run.rank == 0:
             loader = Loader(dataset.teacher_train, data, 2, seed=0, device=run.device)
@@ -165,18 +211,12 @@ def _folder(
 ) -> Path:
     seen = {k: v for k, v in dataclasses.asdict(data).items() if k not in _STUDENT_ONLY}
     c = run.config
-    made_by = [SCHEMA, seen, teacher, dataset.teacher_classes, len(dataset.teacher_train)]
+    own = {k: v for k, v in dataclasses.asdict(teacher).items() if k not in _OF_OUTPUTS}
+    made_by = [SCHEMA, seen, own, dataset.teacher_classes, len(dataset.teacher_train)]
     if data.name == "faces":
         made_by.append(procedural.VERSION)
-    made_by += [made_of, dataset.fingerprint, c.seed, run.precision, str(run.device), run.world]
+    made_by += [made_of, dataset.fingerprint, c.seed, run.precision, run.device.type, run.world]
     key = digest(*made_by, torch.get_num_threads())
     folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

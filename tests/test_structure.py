@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crrcd.config import Config, Variant
+from aird import config as aird
+from crrcd import config as crrcd
 from tests.conftest import ROOT, python
 
 PAPERS = ("horkd", "crrcd", "aird", "btnet", "embedkd", "baselines")
@@ -70,15 +71,16 @@ def fields(cls: type) -> set[str]:
     return names
 
 
-def test_every_configuration_field_is_read() -> None:
+@pytest.mark.parametrize("paper", [aird, crrcd])
+def test_every_configuration_field_is_read(paper) -> None:
     read = {
         node.attr
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    by_name = {"n", "tau", "d", "policy"} & fields(Variant)  # getattr over names in members()
-    assert sorted(fields(Config) - read - by_name) == []
+    by_name = fields(paper.Variant)  # getattr over names in members()
+    assert sorted(fields(paper.Config) - read - by_name) == []
 
 
 def test_pyproject_lists_every_package() -> None:
@@ -95,9 +97,10 @@ def test_tyro_is_imported_only_when_a_command_line_is_read() -> None:
             assert "tyro" not in names, path
 
 
-def test_a_script_starts_without_what_few_runs_need() -> None:
+@pytest.mark.parametrize("paper", ["aird", "crrcd"])
+def test_a_script_starts_without_what_few_runs_need(paper: str) -> None:
     """torchvision alone takes as long to import as torch."""
-    asked = "import sys, crrcd.train, crrcd.eval; print(*sys.modules)"
+    asked = f"import sys, {paper}.train, {paper}.eval; print(*sys.modules)"
     loaded = set(python("-c", asked).stdout.split())
-    assert "crrcd.train" in loaded
+    assert f"{paper}.train" in loaded
     assert not loaded & {"torchvision", "timm", "tyro", "numba", "sklearn"}

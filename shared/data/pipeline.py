@@ -23,6 +23,7 @@ from tqdm import tqdm
 from shared import degrade
 from shared.config import Data
 from shared.data.items import Items, Subset, fit
+from shared.data.kept import Rows
 from shared.data.samplers import PKSampler
 from shared.degrade import low, to_float, to_uint8
 
@@ -291,18 +292,22 @@ class Loader:
         self.views = Views(data)
         self.steps = len(images) // size
         self.sampler = sampler
+        self.kept_low: Rows | None = None  # every LR view, of images decoded from files
         self._low: Tensor | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on."""
+        """The batches of an epoch from step `start` on.
+
+        Images from files are decoded ahead by worker processes; with `kept_low`, only if asked for.
+        """
         order, view = self._order(epoch)
         own = self.size // self.world
         spans = [
             slice(s * self.size + self.rank * own, s * self.size + (self.rank + 1) * own)
             for s in range(start, self.steps)
         ]
-        resident = isinstance(self.images, Resident)
-        high = None if resident else self.images.batches([order[span] for span in spans])
+        on_demand = isinstance(self.images, Resident) or self.kept_low is not None
+        high = None if on_demand else self.images.batches([order[span] for span in spans])
         for step, span in enumerate(spans, start):
             index, chosen = order[span], view[span]
             if high is None:
@@ -332,6 +337,11 @@ class Loader:
         for index, pixels in self.images.batches(spans):
             yield index, self._float(pixels.to(self.device)), self.images.labels[index]
 
+    def low_view(self, pixels: Tensor, view: int) -> Tensor:
+        """One view of images [B, 3, hr, hr] uint8 at LR: [B, 3, lr, lr] uint8."""
+        chosen = torch.full((len(pixels),), view)
+        return self._degrade(self.views.apply(pixels, chosen))
+
     # -- inside ----------------------------------------------------------------------------------
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
@@ -353,6 +363,9 @@ class Loader:
         if self.data.degradation == "realistic":
             key = degrade.keys(self.seed, index, epoch)
             return self._float(to_uint8(self._realistic(to_float(moved()), key)))
+        if self.kept_low is not None:
+            low = self.kept_low.read(view, index).to(self.device)
+            return self._float(low.view(len(index), 3, self.data.lr, self.data.lr))
         table = self._table()
         if table is None:
             return self._float(self._degrade(moved()))
@@ -379,8 +392,7 @@ class Loader:
             for index in torch.arange(len(self.images)).split(256):
                 pixels = self.images.pixels[index].to(self.device)
                 for view in range(self.views.count):
-                    moved = self.views.apply(pixels, torch.full_like(index, view))
-                    table[index.to(self.device), view] = self._degrade(moved)
+                    table[index.to(self.device), view] = self.low_view(pixels, view)
             self._low = table
         return self._low
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         raise ValueError(
             f"--data.lr {data.lr}: the LR size must lie between 1 and --data.hr {data.hr}"
         )
-    if data.test_sets and data.name not in FACE_SETS:
+    if data.test_sets and data.name in ("faces", *RETRIEVAL):
         raise ValueError(f"--data.test-sets: {data.name} has a test part of its own")
     if data.landmarks and data.name not in (*FACE_SETS, "folder"):
         raise ValueError(f"--data.landmarks: {data.name} has no faces to align")
@@ -87,7 +87,10 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         return _face_set(data)
     if data.name in RETRIEVAL:
         return _retrieval_set(data)
+    probes = _test_sets(data, PROBES, data.name) if data.test_sets else {}
     parts = classification.read(data, cache)
+    if probes and not parts.shared_classes:
+        raise ValueError("--data.test-sets: a folder of identities has a test part of its own")
     if data.classes and data.classes != parts.classes:
         raise ValueError(
             f"{data.name}: {parts.classes} classes found in {parts.where}, --data.classes says "
@@ -112,6 +115,7 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         fingerprint=parts.fingerprint,
         skipped=parts.skipped,
         alignment=parts.alignment,
+        more_tests={name: partial(public_set, *where, data) for name, where in probes.items()},
     )
 
 
@@ -168,7 +172,8 @@ LICENCES = {
 
 # Of InsightFace's data zoo, by their number of identities.
 PACKS = {10_572: ("CASIA-WebFace", 490_623), 93_431: ("MS1MV3", 5_179_510)}
-NATIVE = ("tinyface", "survface")  # small by nature
+NATIVE = ("tinyface", "survface")  # small by nature; their releases have a test part
+PROBES = ("stl10", "tinyimagenet")  # what features of objects are probed on, beside the test part
 
 FACE_SETS: dict[str, Callable[[Path, Data], Items]] = {
     "recordio": lambda root, data: RecordIODataset(root),
@@ -195,10 +200,14 @@ def _root(data: Data) -> Path:
 
 
 def _face_set(data: Data) -> DataSet:
-    """Scored on `data.test_sets`; a RecordIO pack without any on the .bin files beside it."""
+    """Scored on `data.test_sets`; without any a RecordIO pack on the .bin files beside it, and a
+    natively small set on its own test part."""
     root = _root(data)
-    tests = _test_sets(data, root)  # asked for first: decoding may take long
+    tests = _face_tests(data, root)  # all is looked for first: decoding may take long
     first, *others = tests
+    raw = FACE_SETS[data.name](root, data)
+    if data.name == "recordio":
+        check_pack(raw, root, data)
     test = public_set(*tests[first], data)
 
     def other(name: str) -> Evaluation:
@@ -206,9 +215,6 @@ def _face_set(data: Data) -> DataSet:
         check_alignment(alignment, found, data)
         return found
 
-    raw = FACE_SETS[data.name](root, data)
-    if data.name == "recordio":
-        check_pack(raw, root, data)
     items, alignment = placed(raw, data)
     check_alignment(alignment, test, data)
     train, classes, held, skipped = _divided(items, data, native=data.name in NATIVE)
@@ -276,22 +282,33 @@ def _divided(
     return train, classes, held, skipped
 
 
-def _test_sets(data: Data, root: Path) -> dict[str, tuple[str, Path]]:
-    """What to score on: name -> (kind, path)."""
+def _test_sets(data: Data, known: Collection[str], whose: str) -> dict[str, tuple[str, Path]]:
+    """What `data.test_sets` names of the `known` sets: name -> (kind, path)."""
     found: dict[str, tuple[str, Path]] = {}
     for entry in data.test_sets:
-        name, given, path = entry.partition("=")
-        if not given or not name or not path:
+        name, _, path = entry.partition("=")
+        kind = "bin" if path.endswith(".bin") and "bin" in known else name
+        if not name or not path:
+            bins = " (or any name for a .bin)" if "bin" in known else ""
             raise ValueError(
-                f"--data.test-sets {entry}: give NAME=PATH, NAME one of {', '.join(TEST_SETS)} (or "
-                "any name for a .bin)"
+                f"--data.test-sets {entry}: give NAME=PATH, NAME one of {', '.join(known)}{bins}"
             )
-        kind = "bin" if path.endswith(".bin") else name
-        if kind not in TEST_SETS:
-            raise ValueError(f"no test set {name!r} (there are: {', '.join(TEST_SETS)})")
+        if kind not in known:
+            raise ValueError(
+                f"--data.test-sets {entry}: {whose} is scored on no test set {name!r} (there are: "
+                f"{', '.join(known)})"
+            )
         found[name] = (kind, Path(path).expanduser())
         if not found[name][1].exists():
-            raise ValueError(f"{name}: {path}: no such file or folder")
+            raise ValueError(f"--data.test-sets {entry}: no such file or folder (docs/data.md)")
+    return found
+
+
+def _face_tests(data: Data, root: Path) -> dict[str, tuple[str, Path]]:
+    """What to score faces on: name -> (kind, path)."""
+    found = _test_sets(data, TEST_SETS, data.name)
+    if not found and data.name in NATIVE:
+        return {data.name: (data.name, root)}
     if not found and data.name == "recordio":
         folder = root if root.is_dir() else root.parent
         found = {path.stem: ("bin", path) for path in sorted(folder.glob("*.bin"))}
@@ -375,9 +392,11 @@ def evaluation(
     if name in TEST_SETS and root:
         return public_set(name, Path(root).expanduser(), data)
     if name == "test" and data.name in FACE_SETS:  # without the training images
-        return public_set(*next(iter(_test_sets(data, _root(data)).values())), data)
+        return public_set(*next(iter(_face_tests(data, _root(data)).values())), data)
     if name == "test" and data.name in RETRIEVAL:
         return replace(public_set(data.name, _root(data), data), name="test")
+    if data.name not in FACE_SETS:  # its probe sets are not asked for
+        data = replace(data, test_sets=())
     splits = load(data, cache=cache, teacher_identities=teachers).evaluations
     if name not in splits:
         more = ", shifted, native" if data.name == "faces" else ""

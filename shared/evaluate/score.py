@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +23,13 @@ from shared.evaluate.probe import linear_probe
 from shared.evaluate.retrieve import recall_at_k
 from shared.evaluate.verify import Verification, flip_sum, histogram_statistics, verification
 
+Network = Callable[[Tensor], Tensor]  # uint8 HR [B, 3, S, S] -> [B, D]
 BATCH = 500  # images a forward pass; larger ones are no faster on a CPU
 
 # Headings of a result table's columns: the outcomes that a score may have.
 HEADINGS = {
     "verification": "verification",
+    "verification_best": "best threshold",
     "rank1": "rank-1",
     "tpir20_at_fpir_0.1": "TPIR20 at FPIR .1",
     "recall1": "recall@1",
@@ -67,25 +71,32 @@ class Score:
 
 @torch.inference_mode()
 def embed(
-    network: Callable[[Tensor], Tensor], images: Images, *, mirror: bool = False
+    network: Network,
+    images: Images,
+    *,
+    mirror: bool = False,
+    batch: int = BATCH,
+    adapt: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of `network` (uint8 HR [B,3,S,S] -> [B, D]) on every image and on its mirror image.
 
-    Returns two float32 tensors [N, D], the second one empty without `mirror`. Rows of images that
-    could not be decoded repeat another's.
+    In order, `batch` at a time, each batch and then its mirror image, all inside `adapt()` (for
+    networks that adapt to what they see). Returns two float32 tensors [N, D], the second one empty
+    without `mirror`. Rows of images that could not be decoded repeat another's.
     """
-    spans = list(torch.arange(len(images)).split(BATCH))
+    spans = list(torch.arange(len(images)).split(batch))
     plain, mirrored = [], []
-    for _, pixels in images.batches(spans):
-        plain.append(network(pixels).float().cpu())
-        if mirror:
-            mirrored.append(network(pixels.flip(-1)).float().cpu())
+    with adapt():
+        for _, pixels in images.batches(spans):
+            plain.append(network(pixels).float().cpu())
+            if mirror:
+                mirrored.append(network(pixels.flip(-1)).float().cpu())
     return torch.cat(plain), torch.cat(mirrored) if mirrored else torch.empty(0)
 
 
 @torch.inference_mode()
 def score_native(
-    network: Callable[[Tensor], Tensor], native: procedural.Native, size: int
+    network: Network, native: procedural.Native, size: int
 ) -> dict[str, float]:
     """Identification of faces at their native sizes, 6 to 60 px: closed-set rank-k of the mated
     probes, and open-set TPIR20 at FPIR with the unmated ones (the QMUL-SurvFace protocol).
@@ -115,19 +126,33 @@ def score_native(
     return found | {f"tpir20_at_fpir_{f:g}": 100 * v for f, v in opened.tpir.items()}
 
 
-def score(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> Score:
+def score(
+    network: Network,
+    evaluation: Evaluation,
+    *,
+    enrolled: Network | None = None,
+    best: bool = False,
+    batch: int = BATCH,
+    adapt: Callable[[], AbstractContextManager] = nullcontext,
+) -> Score:
     """By the protocols that the evaluation has the parts of. See `embed` for `network`.
 
     pairs: 10-fold verification. gallery and probes: rank-k and mAP; with unmated probes TPIR at
     FPIR, against one prototype for each identity. recall_at: Recall@K, all against all. fit: a
     linear classifier on frozen features. None of them: top-k of the logits. Cosines throughout; of
     e(x) + e(flip x) where `evaluation.mirror` says so.
+
+    enrolled: another network for the second image of each pair and for the gallery, such as one
+    that sees them at HR (LR-HR); None: the same. best: also the accuracy at the best threshold on
+    all pairs (optimistic, as some papers report it). batch, adapt: see `embed`; `adapt` is entered
+    anew for each set of images. Raises ValueError where two networks' embeddings differ in size.
     """
     images = evaluation.images
-    out, mirrored = embed(network, images, mirror=evaluation.mirror)
+    how: dict[str, Any] = {"batch": batch, "adapt": adapt}
+    out, mirrored = embed(network, images, mirror=evaluation.mirror, **how)
     labels = images.labels.cpu().numpy()
     if evaluation.fit is not None:
-        features, _ = embed(network, evaluation.fit)
+        features, _ = embed(network, evaluation.fit, **how)
         taught = evaluation.fit.labels.cpu()
         probed = linear_probe(features, taught, out, labels, classes=int(taught.max()) + 1)
         return _classified(probed.test, out)
@@ -135,24 +160,37 @@ def score(network: Callable[[Tensor], Tensor], evaluation: Evaluation) -> Score:
         return _classified(classification(out, labels), out)
     raw = out + mirrored if evaluation.mirror else out
     e = flip_sum(out, mirrored) if evaluation.mirror else out
+    known_raw, known_e = raw, e  # of the enrolled images
+    if enrolled is not None:
+        out, mirrored = embed(enrolled, images, mirror=evaluation.mirror, **how)
+        known_raw = out + mirrored if evaluation.mirror else out
+        known_e = flip_sum(out, mirrored) if evaluation.mirror else out
+        if known_e.shape[1] != e.shape[1]:
+            raise ValueError(
+                f"embeddings of {e.shape[1]} and {known_e.shape[1]} numbers cannot be compared"
+            )
     metrics: dict[str, float] = {}
     correct: dict[str, np.ndarray] = {}
     groups: dict[str, np.ndarray] = {}
     extra, unit = {"embeddings": e.numpy()}, "identities"
     if evaluation.pairs is not None:
         first, second, same = evaluation.pairs
-        pairs = verification(e[first], e[second], same)
+        pairs = verification(e[first], known_e[second], same)
         metrics |= _verified(pairs)
         correct["verification"] = pairs.correct
         named = len(np.unique(labels)) > 1  # a .bin names nobody
         groups["verification"] = labels[first.numpy()] if named else np.arange(len(first))
+        if best:
+            accepted = pairs.scores >= pairs.best_threshold
+            correct["verification_best"] = accepted == pairs.same
+            groups["verification_best"] = groups["verification"]
         unit = "identities" if named else "pairs"
         extra |= {"scores": pairs.scores, "threshold": np.array(pairs.threshold)}
     if evaluation.gallery is not None and evaluation.probes is not None:
         known, asked = labels[evaluation.gallery.numpy()], labels[evaluation.probes.numpy()]
-        gallery, probes = e[evaluation.gallery].numpy(), e[evaluation.probes].numpy()
+        gallery, probes = known_e[evaluation.gallery].numpy(), e[evaluation.probes].numpy()
         if evaluation.unmated is not None:
-            gallery, known = prototypes(raw[evaluation.gallery], known)
+            gallery, known = prototypes(known_raw[evaluation.gallery], known)
             opened = open_set(probes, asked, e[evaluation.unmated], gallery, known)
             metrics |= {f"tpir20_at_fpir_{f:g}": 100 * v for f, v in opened.tpir.items()}
             metrics["tpir20_fpir_auc"] = 100 * opened.auc

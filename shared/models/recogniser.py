@@ -118,6 +118,19 @@ def reader(recogniser: Recogniser, data: Data, task: Task) -> Callable[[Tensor],
     return read
 
 
+def enrolled_reader(recogniser: Recogniser, data: Data) -> Callable[[Tensor], Tensor]:
+    """As `reader`, for images that are enrolled at HR: resized to the network's own input size.
+
+    For a network of native size that is what `reader` makes of them, by the same kernel; one that
+    enlarges its input (Network.input "upsample") takes them as they are.
+    """
+    student = Student(recogniser.eval(), data, "faces")
+    device = next(recogniser.parameters()).device
+    if getattr(recogniser.backbone, "input", "native") == "native":
+        return reader(recogniser, data, "faces")
+    return lambda pixels: student(pixels.to(device))
+
+
 def save(recogniser: Recogniser, path: Path, **metadata: str) -> None:
     """Weights of backbone and head as safetensors, whole or not at all."""
     checkpoints.save_safetensors(recogniser, path, metadata)

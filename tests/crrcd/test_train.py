@@ -11,11 +11,12 @@ import torch
 
 from crrcd.config import RECIPES, arms, members
 from crrcd.eval import evaluate
-from crrcd.seeds import summarise, table
+from crrcd.seeds import DIFFERENCES
 from crrcd.train import load_student, train
 from shared import models
 from shared.evaluate.intervals import mean_interval
 from shared.models.recogniser import Recogniser
+from shared.seeds import summarise, table
 from tests.conftest import python, tiny
 
 
@@ -123,7 +124,7 @@ def test_the_best_epoch_is_the_one_development_chose(run: Path) -> None:
 
 def test_seeds_summary_is_the_mean_over_runs(make_config, run: Path, tmp_path: Path) -> None:
     runs = [train(make_config(seed=s, runs=str(tmp_path / f"r{s}"))) for s in (1, 2, 3)]
-    summary = summarise(runs, ["alone", "crrcd"])
+    summary = summarise(runs, DIFFERENCES)
     records = [json.loads((r / "results.json").read_text())["rows"] for r in runs]
     values = [r["crrcd"]["cells"]["rank1"]["value"] for r in records]
     assert summary["rows"]["crrcd"]["rank1"]["value"] == pytest.approx(mean_interval(values).mean)

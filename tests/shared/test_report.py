@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared import cli, report
+from shared import cli, figures, report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HR, LR, PAIRS = 8, 4, 40
@@ -158,7 +158,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two coordinates instead of t-SNE, which takes most of the time."""
-    monkeypatch.setattr(report, "_embedded", lambda points, cosine: points[:, :2])
+    monkeypatch.setattr(figures, "embedded", lambda points: points[:, :2])
 
 
 def test_page_needs_no_network_and_no_script(finished: Path) -> None:
@@ -197,6 +197,21 @@ def test_every_number_of_results_stands_rounded_in_its_row(finished: Path) -> No
             assert f"{value:.{3 if key in ('margin', 'overlap') else 2}f}" in shown
         assert f"{row['parameters']:,}" in shown
         assert f"{row['macs'] / 1e6:,.1f} M" in shown
+
+
+def test_only_columns_with_differences_have_one_more(tmp_path: Path, plain: None) -> None:
+    folder = make(tmp_path / "run")
+
+    def bare(record: dict[str, Any]) -> dict[str, Any]:
+        for row in record["rows"].values():
+            row["cells"]["rank1"].pop("difference", None)
+        return record
+
+    change(folder, "results.json", bare)
+    head, *lines = re.findall("<tr>(.*?)</tr>", report.write(folder).read_text())[:4]
+    names = re.findall("<th>(.*?)</th>", head)
+    assert names[1:4] == ["verification (%)", "minus alone", "rank-1 (%)"]
+    assert all(line.count("<td>") == len(names) - 1 for line in lines)
 
 
 def test_facts_of_the_run_are_told(finished: Path) -> None:
@@ -288,13 +303,6 @@ def test_terms_of_another_paper_and_phases_without_scores_are_drawn(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     report.write(folder)
     assert [p.name for p in (folder / "figures").glob("training-*")] == ["training-l-2.png"]
-
-
-def test_collapsed_and_few_points_do_not_end_the_run(tmp_path: Path) -> None:
-    for points in (np.ones((20, 6)), np.zeros((20, 6)), np.zeros((20, 1)), np.eye(4), np.eye(5)):
-        for cosine in (True, False):
-            flat = report._embedded(points.astype(np.float64), cosine)
-            assert flat.shape == (len(points), 2) and np.isfinite(flat).all()
 
 
 def test_many_points_are_thinned_evenly(

@@ -1,4 +1,4 @@
-"""Scores of relation vectors against queries: the inner product of CRRCD's Eq. 10."""
+"""Scores of relation vectors against queries: the inner product of CRRCD's Eq. 10, and AIRD's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def relation_scores(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -27,48 +27,48 @@ def relation_scores(
     """norm(relu(anchor_b - bank_index[b,k]) @ weight + bias) . query_b / temperature
 
     query: [B, e], unit rows for cosines. anchor: [B, d]. bank: [M, d]. index: [B, K] int64 into
-    bank. weight: [d, e], bias: [e]. Returns [B, K]; a relation vector of norm 0 scores 0.
+    bank. weight: [d, e], bias: [e]; no weight (then no bias): the relation vector is the relu
+    itself, e = d. Returns [B, K]; a relation vector of norm 0 scores 0.
     Differentiates query, anchor, bank, weight and bias. B = 0 or K = 0 gives an empty result. A
     NaN makes the scores NaN that it enters. Source: CRRCD Sec. III-A and Eq. 10, with the two
-    linear maps after the ReLU merged into `weight` and `bias`.
+    linear maps after the ReLU merged into `weight` and `bias`; AIRD Eq. 2-3 without a weight.
 
-    Memory: [B, K], and for "cpu" .6 of one [B, K, e] up to 256 MiB, between forward and backward
-    pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost: four products
-    [BK, d] x [d, e], three for what is kept.
-    Raises ValueError for a backend that cannot take the tensors, for shapes that do not fit, an
-    index that is not int64 or (on the CPU) not in the bank, and a temperature not above 0. Not
-    twice differentiable, except by "reference".
+    Memory: [B, K], and for "cpu" with a weight .6 of one [B, K, e] up to 256 MiB, between forward
+    and backward pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost:
+    four products [BK, d] x [d, e], three for what is kept; without a weight none.
+    Raises ValueError for a backend that cannot take the tensors, for shapes that do not fit, a bias
+    without a weight, an index that is not int64 or (on the CPU) not in the bank, and a temperature
+    not above 0. Not twice differentiable, except by "reference".
     """
-    for name, x in (("query", query), ("anchor", anchor), ("bank", bank), ("weight", weight)):
-        dispatch.matrix(OP, name, x)
-    b, d = anchor.shape
-    if (
-        query.shape[0] != b
-        or bank.shape[1] != d
-        or weight.shape != (d, query.shape[1])
-        or (bias is not None and bias.shape != weight.shape[1:])
-    ):
-        raise ValueError(
-            f"{OP}: query {tuple(query.shape)}, anchor {tuple(anchor.shape)}, bank "
-            f"{tuple(bank.shape)}, weight {tuple(weight.shape)}, bias "
-            f"{None if bias is None else tuple(bias.shape)} do not fit "
-            "[B,e], [B,d], [M,d], [d,e], [e]"
-        )
+    if weight is None and bias is not None:
+        raise ValueError(f"{OP}: a bias without a weight: leave it out")
+    named = {"query": query, "anchor": anchor, "bank": bank, "weight": weight, "bias": bias}
+    given = {name: x for name, x in named.items() if x is not None}
+    for name, x in given.items():
+        if name != "bias":
+            dispatch.matrix(OP, name, x)
+    (b, d), e = anchor.shape, query.shape[1]
+    wanted = {"query": (b, e), "bank": (len(bank), d), "weight": (d, e), "bias": (e,)}
+    if weight is None:
+        wanted["query"] = (b, d)
+    if any(given[name].shape != shape for name, shape in wanted.items() if name in given):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+        fit = "[B,e], [B,d], [M,d], [d,e], [e]" if weight is not None else "[B,d], [B,d], [M,d]"
+        raise ValueError(f"{OP}: {shapes} do not fit {fit}")
     dispatch.indices(OP, index, rows=b, into=bank)
     if not temperature > 0:
         raise ValueError(f"{OP}: temperature is {temperature}; it should be positive")
-    given = [query, anchor, bank, weight] + ([] if bias is None else [bias])
-    path = dispatch.choose(OP, backend, *given, index)
-    given, dtype = dispatch.common(OP, *given)
-    q, a, m, w = given[:4]
-    c = given[4] if bias is not None else None
+    path = dispatch.choose(OP, backend, *given.values(), index)
+    floats, dtype = dispatch.common(OP, *given.values())
+    q, a, m = floats[:3]
+    w, c = (*floats[3:], None, None)[:2]
     if path == "reference":
         with dispatch.without_autocast(q):
             scores = reference.relation_scores(q, a, m, index, w, c)
         return (scores / temperature).to(dtype)
-    if c is None:
-        c = w.new_zeros(w.shape[1])
-    wants = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if w is not None and c is None:
+        c = w.new_zeros(e)
+    wants = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
     scores = _relation_scores(q, a, m, index, w, c, wants, path)[0]
     return (scores / temperature).to(dtype)
 
@@ -79,8 +79,8 @@ def _relation_scores(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     wants: bool,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,13 +96,14 @@ def _(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     wants: bool,
     path: str,
 ) -> Any:
-    (b, k), e = index.shape, weight.shape[1]
-    keep = dispatch.module(OP, path).kept_rows(b, k, e, query) if wants and path == "cpu" else 0
+    (b, k), e, keep = index.shape, query.shape[1], 0
+    if wants and path == "cpu" and weight is not None:
+        keep = dispatch.module(OP, path).kept_rows(b, k, e, query)
     return anchor.new_empty(b, k), anchor.new_empty(b, k), anchor.new_empty(keep, k, e)
 
 
@@ -113,14 +114,14 @@ def _backward(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     scores: Tensor,
     norm: Tensor,
     kept: Tensor,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by query, anchor, bank, weight and bias from `grad` [B, K]."""
+    """Gradients by query, anchor, bank, weight and bias from `grad` [B, K]; empty for a None."""
     return dispatch.module(OP, path).backward(
         grad, query, anchor, bank, index, weight, bias, scores, norm, kept
     )
@@ -133,14 +134,15 @@ def _(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     scores: Tensor,
     norm: Tensor,
     kept: Tensor,
     path: str,
 ) -> Any:
-    return tuple(x.new_empty(x.shape) for x in (query, anchor, bank, weight, bias))
+    inputs = (query, anchor, bank, weight, bias)
+    return tuple(grad.new_empty(0 if x is None else x.shape) for x in inputs)
 
 
 TINY = 1e-12  # a relation vector shorter than this is divided by it, as F.normalize does
@@ -162,6 +164,8 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 8
     query, anchor, bank, weight, bias = _backward(grad, *ctx.saved_tensors, ctx.path)
+    if ctx.saved_tensors[4] is None:
+        weight = bias = None
     return query, anchor, bank, None, weight, bias, None, None
 
 

@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def relation_scores(
-    query: Tensor, anchor: Tensor, bank: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
+    query: Tensor,
+    anchor: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    difference = F.relu(anchor[:, None, :] - bank[index])  # [B, K, d]
-    key = difference @ weight  # [B, K, e]
+    key = F.relu(anchor[:, None, :] - bank[index])  # [B, K, d]
+    if weight is not None:
+        key = key @ weight  # [B, K, e]
     if bias is not None:
         key = key + bias
     key = F.normalize(key, dim=-1)

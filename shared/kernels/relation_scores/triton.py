@@ -12,7 +12,7 @@ Backward, dkey and dr are made CHUNK numbers at a time, and the key again with t
 writes its shares of the sums over a query's entries apart, and the shares are summed in a fixed
 order; rows of the bank are summed by the program that owns them, after a stable sort of the index.
 dW is summed in at most PARTS parts of a chunk. No atomics. An index out of range is not followed:
-its score is NaN.
+its score is NaN. Without a weight the key is r: dkey is masked where it is made, and is dr.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ def forward(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     wants: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores, norm [B, K], nothing)."""
-    query, anchor, bank, index, weight, bias = (
-        x.contiguous() for x in (query, anchor, bank, index, weight, bias)
-    )
-    (b, k), m, (dim, width) = index.shape, len(bank), weight.shape
+    query, anchor, bank, index = (x.contiguous() for x in (query, anchor, bank, index))
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
+    (b, k), m, dim, width = index.shape, len(bank), anchor.shape[1], query.shape[1]
     scores, norm = anchor.new_empty(b, k), anchor.new_empty(b, k)
     if scores.numel():
         blocks = triton.cdiv(k, BLOCK)
@@ -64,24 +63,23 @@ def backward(
     anchor: Tensor,
     bank: Tensor,
     index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     scores: Tensor,
     norm: Tensor,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients by query, anchor, bank, weight and bias."""
-    query, anchor, bank, index, weight, bias = (
-        x.contiguous() for x in (query, anchor, bank, index, weight, bias)
-    )
-    turned = weight.T.contiguous()
+    query, anchor, bank, index = (x.contiguous() for x in (query, anchor, bank, index))
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
     p = (grad / norm).contiguous()
     s = torch.where(norm <= SMALLEST, 0, -grad * scores / norm.square()).contiguous()
-    (b, k), m, (dim, width) = index.shape, len(bank), weight.shape
-    d_query, d_anchor, d_bank = (torch.zeros_like(x) for x in (query, anchor, bank))
-    d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    (b, k), m, dim, width = index.shape, len(bank), anchor.shape[1], query.shape[1]
+    d_query, d_anchor, d_bank, d_weight, d_bias = found = tuple(
+        grad.new_zeros(0 if x is None else x.shape) for x in (query, anchor, bank, weight, bias)
+    )
     if not (index.numel() and width):
-        return d_query, d_anchor, d_bank, d_weight, d_bias
+        return found
     blocks, step = triton.cdiv(k, BLOCK), max(1, CHUNK // (k * max(dim, width)))
     tiles = {"COLUMNS": COLUMNS, "INNER": INNER, **gpu.OPTIONS}
     for i in range(0, b, step):
@@ -96,20 +94,24 @@ def backward(
                 d_key, shares, m, k, dim, width, blocks, count, BLOCK=BLOCK, **tiles,
             )  # fmt: skip
             d_query[rows] = shares[0].sum(1)
-            d_bias += shares[1].sum((0, 1))
-            if not dim:
-                continue
-            d_r, share = anchor.new_empty(count, k, dim), anchor.new_empty(count, blocks, dim)
-            _spread[(count * blocks,)](
-                d_key, own, bank, named, turned, d_r, share,
-                m, k, dim, width, blocks, BLOCK=BLOCK, **tiles,
-            )  # fmt: skip
+            d_r, share = d_key, shares[1]
+            if weight is not None:
+                d_bias += share.sum((0, 1))
+                if not dim:
+                    continue
+                d_r, share = anchor.new_empty(count, k, dim), anchor.new_empty(count, blocks, dim)
+                _spread[(count * blocks,)](
+                    d_key, own, bank, named, weight.T.contiguous(), d_r, share,
+                    m, k, dim, width, blocks, BLOCK=BLOCK, **tiles,
+                )  # fmt: skip
             d_anchor[rows] = share.sum(1)
             order, starts = by_row(named, m)
             grid = (triton.cdiv(m, BLOCK_M), triton.cdiv(dim, 64))
             _subtract[grid](
                 d_r, order, starts, d_bank, m, dim, BLOCK_M=BLOCK_M, BLOCK_D=64, **gpu.OPTIONS
             )
+            if weight is None:
+                continue
             parts = min(PARTS, triton.cdiv(count * k, INNER))
             length = triton.cdiv(triton.cdiv(count * k, INNER), parts) * INNER
             part = weight.new_empty(parts, dim, width)
@@ -117,7 +119,7 @@ def backward(
                 d_key, own, bank, named, part, m, k, dim, width, count * k, length, **tiles
             )
             d_weight += part.sum(0)
-    return d_query, d_anchor, d_bank, d_weight, d_bias
+    return found
 
 
 def compiled_forms() -> list[gpu.Form]:
@@ -128,12 +130,14 @@ def compiled_forms() -> list[gpu.Form]:
         rows = {"anchor": kind, "bank": kind, "index": "*i64", "m": "i32", "k": "i32"}
         rows |= {"dim": "i32:16", "width": "i32:16"}
         blocks = {"BLOCK": BLOCK} | tiles
-        signature = dict.fromkeys(("query", "weight", "bias", "scores", "norm"), kind) | rows
-        settings = {"SMALLEST": SMALLEST} | blocks
-        forms.append((_scores, signature | {"blocks": "i32"}, settings, gpu.OPTIONS))
-        names = ("p", "s", "query", "weight", "bias", "d_key", "shares")
-        signature = dict.fromkeys(names, kind) | rows | {"blocks": "i32", "count": "i32"}
-        forms.append((_keys, signature, blocks, gpu.OPTIONS))
+        for maps in (dict.fromkeys(("weight", "bias"), kind), {}):
+            none = {} if maps else {"weight": None, "bias": None}
+            signature = dict.fromkeys(("query", "scores", "norm"), kind) | maps | rows
+            settings = {"SMALLEST": SMALLEST} | blocks | none
+            forms.append((_scores, signature | {"blocks": "i32"}, settings, gpu.OPTIONS))
+            signature = dict.fromkeys(("p", "s", "query", "d_key", "shares"), kind) | maps | rows
+            signature |= {"blocks": "i32", "count": "i32"}
+            forms.append((_keys, signature, blocks | none, gpu.OPTIONS))
         signature = dict.fromkeys(("d_key", "turned", "d_r", "share"), kind) | rows
         forms.append((_spread, signature | {"blocks": "i32"}, blocks, gpu.OPTIONS))
         signature = {"d_r": kind, "order": "*i64", "starts": "*i64", "out": kind}
@@ -177,7 +181,7 @@ def _keys(
     d_key, shares, m, k, dim, width, blocks, count,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """dkey = p query + s key; shares: the sums of p key and of dkey over BLOCK entries."""
+    """dkey = p query + s key, dr without a weight; shares: sums of p key and of it over BLOCK."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // blocks
     i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -192,6 +196,8 @@ def _keys(
         key = _key(own, bank, row, there, weight, bias, e, dim, width, BLOCK, COLUMNS, INNER)
         q = tl.load(query + b * width + e, mask=e < width, other=0.0)
         g = by_dot * q[None, :] + by_length * key
+        if weight is None:
+            g = tl.where(key <= 0.0, 0.0, g)  # a NaN goes on: it is not <= 0
         tl.store(
             d_key + (b * k + i)[:, None] * width + e[None, :],
             g,
@@ -274,13 +280,17 @@ def _key(
     anchor, bank, row, there, weight, bias, e, dim, width,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Columns e of r W + bias; 0 beyond the last of them."""
-    total = tl.zeros([BLOCK, COLUMNS], bank.dtype.element_ty)
-    for first in range(0, dim, INNER):
-        d = first + tl.arange(0, INNER)
-        r = _relations(anchor, bank, row, there, d, dim)
-        total = tl.dot(r, _tile(weight, d, e, dim, width), total, input_precision="ieee")
-    return total + tl.load(bias + e, mask=e < width, other=0.0)[None, :]
+    """Columns e of r W + bias, or of r; 0 beyond the last of them."""
+    if weight is None:
+        key = _relations(anchor, bank, row, there, e, dim)
+    else:
+        key = tl.zeros([BLOCK, COLUMNS], bank.dtype.element_ty)
+        for first in range(0, dim, INNER):
+            d = first + tl.arange(0, INNER)
+            r = _relations(anchor, bank, row, there, d, dim)
+            key = tl.dot(r, _tile(weight, d, e, dim, width), key, input_precision="ieee")
+        key += tl.load(bias + e, mask=e < width, other=0.0)[None, :]
+    return key
 
 
 @triton.jit

@@ -128,13 +128,16 @@ def test_wrong_input_is_told_in_a_line(disk: Path, cache: Path) -> None:
         (dict(development=13), "14 training classes, of which --data.development keeps 13"),
         (dict(classes=14), "10 classes to train on, --data.classes says 14"),
         (dict(test_sets=("lfw",)), "give NAME=PATH"),
-        (dict(test_sets=("lfw=/gone",)), "lfw: /gone: no such file or folder"),
-        (dict(test_sets=("mars=/gone",)), "no test set 'mars'"),
+        (dict(test_sets=("lfw=/gone",)), "lfw=/gone: no such file or folder"),
+        (dict(test_sets=("mars=/gone",)), "recordio is scored on no test set 'mars'"),
         (dict(test_sets=(f"lfw={disk / 'lfw'}",)), "cut out as 'whole'"),
         (dict(counts="published"), "40 pairs instead of 6,000"),
         (dict(name="cub", root=str(disk / "cub"), development=99), "keeps 99"),
         (dict(name="cub", landmarks=("x.csv",)), "cub has no faces to align"),
-        (dict(name="folder", test_sets=("lfw=/x",)), "folder has a test part of its own"),
+        (dict(name="faces", test_sets=("lfw=/x",)), "faces has a test part of its own"),
+        (dict(name="digits", test_sets=("lfw=/x",)), "digits is scored on no test set 'lfw'"),
+        (dict(name="digits", test_sets=("stl10=",)), "stl10=: give NAME=PATH, NAME one of stl10"),
+        (dict(name="tinyface", root=str(disk / "tinyface")), "Training_Set: no such folder"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             load(replace(pack, **changes), cache=cache)

@@ -87,6 +87,22 @@ def write_lfw(root: Path, faces: np.ndarray) -> None:
     (root / "pairs.txt").write_text("\n".join(lines) + "\n")
 
 
+def write_folders(root: Path, faces: np.ndarray) -> None:
+    """ROOT/<person>/<image>, as CASIA-WebFace, UCCS and TinyFace's training set lie."""
+    for p, own in enumerate(faces):
+        for i, image in enumerate(own):
+            put(root / f"{p:07d}" / f"{i + 1:03d}.png", image)
+
+
+def write_svhn(root: Path, each: int) -> None:
+    """{train,test}_32x32.mat: X [32, 32, 3, N] uint8, y [N, 1] from 1 to 10, which is the 0."""
+    digits = np.arange(10 * each) % 10 + 1
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 10 * each), dtype=np.uint8)
+    for name in ("train", "test"):
+        y = digits[:, None].astype(np.uint8)
+        scipy.io.savemat(root / f"{name}_32x32.mat", {"X": noise, "y": y})
+
+
 def _cells(names: list[str]) -> np.ndarray:
     cells = np.empty((len(names), 1), dtype=object)
     cells[:, 0] = names

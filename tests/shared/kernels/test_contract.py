@@ -63,6 +63,11 @@ CASES = {
         ((B, 5), (B, D), (M, D), (D, 5), (5,)),
         5,
     ),
+    "relation_scores without a weight": Case(
+        lambda q, a, b, **k: kernels.relation_scores(q, a, b, index(q), None, **k),
+        ((B, D), (B, D), (M, D)),
+        3,
+    ),
     "nce_scores": Case(
         lambda q, b, **k: kernels.nce_scores(q, b, index(q), temperature=0.5, **k),
         ((B, D), (M, D)),

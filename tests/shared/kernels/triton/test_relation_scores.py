@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from tests.shared.kernels.triton.helpers import error, strided
 
+either = pytest.mark.parametrize("e", [5, None], ids=["weight", "no weight"])
+
 
 @pytest.fixture
 def op():
@@ -15,29 +17,34 @@ def op():
 
 
 def inputs(make, b, k, m, d, e=5, dtype=torch.float32):
-    """query, anchor, bank, index, weight, bias, and a gradient of the scores."""
+    """query, anchor, bank, index, weight, bias, and a gradient of the scores; e None: no weight."""
     generator = torch.Generator().manual_seed(5)
-    given = make(b, e, seed=2), make(b, d), make(m, d, seed=1)
+    given = make(b, d if e is None else e, seed=2), make(b, d), make(m, d, seed=1)
     index = torch.randint(m, (b, k), generator=generator).to(given[0].device)
-    rest = make(d, e, seed=3), make(e, seed=4), make(b, k, seed=6)
-    query, anchor, bank, *rest = (x.to(dtype) for x in (*given, *rest))
+    maps = (None, None) if e is None else (make(d, e, seed=3), make(e, seed=4))
+    rest = *maps, make(b, k, seed=6)
+    query, anchor, bank, *rest = (None if x is None else x.to(dtype) for x in (*given, *rest))
     return query, anchor, bank, index, *rest
 
 
 def truth(query, anchor, bank, index, weight, bias, grad):
     """Scores and gradients by the definition under autograd, in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in (query, anchor, bank, weight, bias)]
-    query, anchor, bank, weight, bias = leaves
-    key = F.relu(anchor[:, None] - bank[index]) @ weight + bias
+    maps = () if weight is None else (weight, bias)
+    leaves = [x.detach().double().requires_grad_() for x in (query, anchor, bank, *maps)]
+    query, anchor, bank, *maps = leaves
+    key = F.relu(anchor[:, None] - bank[index])
+    if maps:
+        key = key @ maps[0] + maps[1]
     scores = (F.normalize(key, dim=2) * query[:, None]).sum(2)
-    return scores.detach(), torch.autograd.grad((scores * grad.double()).sum(), leaves)
+    found = torch.autograd.grad((scores * grad.double()).sum(), leaves)
+    return scores.detach(), (*found, *[query.new_empty(0)] * (5 - len(found)))
 
 
 def run(op, *given):
     """(scores, gradients)."""
     *inputs, grad = given
     scores, norm, kept = op.forward(*inputs, True)
-    assert kept.shape == (0, inputs[3].shape[1], inputs[4].shape[1])
+    assert kept.shape == (0, inputs[3].shape[1], inputs[0].shape[1])
     return scores, op.backward(grad, *inputs, scores, norm, kept)
 
 
@@ -51,6 +58,7 @@ def check(op, given, bound):
 
 @pytest.mark.parametrize("b, k, m, d, e", [
     (1, 1, 1, 1, 5), (2, 31, 5, 3, 5), (1, 32, 15, 16, 40), (3, 20, 17, 33, 5), (1, 3, 40, 70, 40),
+    (1, 2, 3, 9, None), (2, 31, 5, 3, None), (3, 33, 17, 32, None), (1, 20, 40, 70, None),
 ])  # fmt: skip
 def test_matches_the_definition(op, make, b, k, m, d, e):
     check(op, inputs(make, b, k, m, d, e), 3e-6)
@@ -66,15 +74,17 @@ def test_keys_of_one_column_score_the_query_or_its_negative(op, make, b, k, m, d
         assert float(x.abs().max()) < 1e-5
 
 
+@either
 @pytest.mark.parametrize("chunk, parts", [(1, 1), (70, 3), (150, 2), (1 << 24, 64)])
-def test_chunks_of_queries_and_parts_of_the_products(op, make, monkeypatch, chunk, parts):
+def test_chunks_of_queries_and_parts_of_the_products(op, make, monkeypatch, chunk, parts, e):
     monkeypatch.setattr(op, "CHUNK", chunk)
     monkeypatch.setattr(op, "PARTS", parts)
-    check(op, inputs(make, 3, 12, 7, 5), 3e-6)
+    check(op, inputs(make, 3, 12, 7, 5, e), 3e-6)
 
 
-def test_float64(op, make):
-    check(op, inputs(make, 2, 33, 9, 18, dtype=torch.float64), 1e-12)
+@either
+def test_float64(op, make, e):
+    check(op, inputs(make, 2, 33, 9, 18, e, dtype=torch.float64), 1e-12)
 
 
 def test_a_key_that_bias_and_product_cancel_keeps_its_digits(op, make):
@@ -85,8 +95,9 @@ def test_a_key_that_bias_and_product_cancel_keeps_its_digits(op, make):
     check(op, (query, anchor, bank, index, weight, bias, grad), 1e-3)
 
 
-def test_rows_of_the_bank_that_no_entry_names(op, make):
-    query, anchor, bank, *rest = inputs(make, 2, 6, 5, 8)
+@either
+def test_rows_of_the_bank_that_no_entry_names(op, make, e):
+    query, anchor, bank, *rest = inputs(make, 2, 6, 5, 8, e)
     more = torch.cat([bank, torch.full_like(bank[:1], torch.nan).expand(30, -1)])
     _, found = run(op, query, anchor, more, *rest)
     wanted = truth(query, anchor, bank, *rest)[1]
@@ -95,9 +106,11 @@ def test_rows_of_the_bank_that_no_entry_names(op, make):
         assert error(x, y) < 3e-6
 
 
-def test_a_relation_of_norm_zero_scores_zero(op, make):
-    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 6, 5, 8)
-    given = query, anchor, bank.abs() + 10, index, weight, 0 * bias, grad  # all relations are 0
+@either
+def test_a_relation_of_norm_zero_scores_zero(op, make, e):
+    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 6, 5, 8, e)
+    bias = None if bias is None else 0 * bias
+    given = query, anchor, bank.abs() + 10, index, weight, bias, grad  # all relations are 0
     scores, found = run(op, *given)
     assert not scores.any()
     for x, y in zip(found, truth(*given)[1], strict=True):
@@ -105,26 +118,31 @@ def test_a_relation_of_norm_zero_scores_zero(op, make):
 
 
 @pytest.mark.parametrize("b, k, m, d", [(0, 4, 5, 3), (4, 0, 5, 3), (2, 3, 5, 0)])
-def test_nothing_to_gather(op, make, b, k, m, d):
-    check(op, inputs(make, b, k, m, d), 3e-6)
+@either
+def test_nothing_to_gather(op, make, b, k, m, d, e):
+    check(op, inputs(make, b, k, m, d, e), 3e-6)
 
 
 def test_keys_without_columns_score_zero(op, make):
     check(op, inputs(make, 2, 3, 5, 4, 0), 3e-6)
 
 
-def test_an_index_out_of_range_scores_nan_and_is_not_followed(op, make):
-    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 3, 9, 8)
+@either
+def test_an_index_out_of_range_scores_nan_and_is_not_followed(op, make, e):
+    query, anchor, bank, index, weight, bias, grad = inputs(make, 2, 3, 9, 8, e)
     index = torch.tensor([[0, -1, 2], [9, 3, 1 << 40]], device=index.device)
     scores, found = run(op, query, anchor, bank, index, weight, bias, grad)
     assert scores.isnan().tolist() == [[False, True, False], [True, False, True]]
     assert all(x.isfinite().all() for x in found)
 
 
-@pytest.mark.parametrize("which", ["query", "anchor", "bank", "weight", "bias"])
-def test_nan_reaches_its_own_scores(op, make, which):
+@pytest.mark.parametrize("e, which", [
+    *((5, name) for name in ("query", "anchor", "bank", "weight", "bias")),
+    *((None, name) for name in ("query", "anchor", "bank")),
+])  # fmt: skip
+def test_nan_reaches_its_own_scores(op, make, e, which):
     names = ("query", "anchor", "bank", "index", "weight", "bias")
-    *given, grad = inputs(make, 3, 2, 5, 4)
+    *given, grad = inputs(make, 3, 2, 5, 4, e)
     given = dict(zip(names, given, strict=True))
     given[which].view(-1)[1] = torch.nan
     given["index"] = index = torch.tensor([[0, 1], [1, 2], [3, 0]], device=grad.device)
@@ -133,17 +151,22 @@ def test_nan_reaches_its_own_scores(op, make, which):
     own = {"query": first, "anchor": first, "bank": (index == 0).tolist()}
     assert scores.isnan().tolist() == own.get(which, [[True, True]] * 3)
     d_query, d_anchor, _, d_weight, d_bias = found
-    assert d_anchor[0].isnan().any() and d_weight.isnan().any() and d_bias.isnan().any()
+    assert d_anchor[0].isnan().any()
+    assert e is None or (d_weight.isnan().any() and d_bias.isnan().any())
     if which in own:
         assert not d_anchor[1].isnan().any() and not d_query[1].isnan().any()
     if which != "query":
         assert d_query[0].isnan().any()
 
 
-def test_strides_change_nothing(op, make):
-    *given, grad = inputs(make, 3, 6, 9, 8)
+@either
+def test_strides_change_nothing(op, make, e):
+    *given, grad = inputs(make, 3, 6, 9, 8, e)
     scores, norm, kept = op.forward(*given, True)
-    apart = [*(strided(x) for x in given[:5]), torch.stack([given[5], given[5]], 1)[:, 0]]
+    maps = (None, None)
+    if e is not None:
+        maps = strided(given[4]), torch.stack([given[5], given[5]], 1)[:, 0]
+    apart = [*(strided(x) for x in given[:4]), *maps]
     for x, y in zip(op.forward(*apart, True), (scores, norm, kept), strict=True):
         assert torch.equal(x, y)
     found = op.backward(strided(grad), *apart, strided(scores), strided(norm), kept)
@@ -151,9 +174,10 @@ def test_strides_change_nothing(op, make):
         assert torch.equal(x, y)
 
 
-def test_same_bits_twice(op, make, device):
+@pytest.mark.parametrize("e", [20, None])
+def test_same_bits_twice(op, make, device, e):
     b, k, m, d = (64, 513, 1000, 128) if device == "cuda" else (2, 40, 9, 20)
-    given = inputs(make, b, k, m, d, 20)
+    given = inputs(make, b, k, m, d, e)
     (first, found), (second, again) = run(op, *given), run(op, *given)
     for x, y in zip((first, *found), (second, *again), strict=True):
         assert torch.equal(x, y)
