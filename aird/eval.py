@@ -24,7 +24,7 @@ def evaluate(
     face_bn: Mode | None = None,
     gamma: float | None = None,
     scenario: Literal["lr-lr", "lr-hr"] = "lr-lr",
-    data: dict[str, Any] | None = None,
+    **data: Any,
 ) -> str:
     """Score every student of a run; returns the table, and keeps it in the run's folder as JSON.
 
@@ -32,7 +32,7 @@ def evaluate(
     with `gamma` (None: the run's). scenario: "lr-lr", or "lr-hr" with faces enrolled at HR, read by
     the student.
     """
-    config = rescore.stored(Config, run, data or {})
+    config = rescore.stored(Config, run, data)
     students = rescore.students_of(run, arms(config), load_student, best=best, device=device)
     if on == "native":
         if face_bn or scenario != "lr-lr":

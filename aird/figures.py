@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from aird.config import Config, arms
+from aird.config import RECIPES, Config, arms, members
 from aird.model import face_bn
 from aird.scoring import OWN, feature_means
 from shared import figures
@@ -19,22 +20,29 @@ from shared.run import choose_device
 IMAGES = 2000  # of each data set in Fig. 5
 
 
-def draw(config: Config, folders: Sequence[Path]) -> Path:
-    """The figure that `config.figure` names, into the last of `folders`; returns the PNG's path."""
-    last = folders[-1]
+def draw(config: Config, runs: Sequence[Path]) -> Path | None:
+    """The figure `config.figure` of finished `runs`, into the folder of the last one; its path,
+    which is also printed.
+
+    None where a curve has fewer than two runs. Raises ValueError where the runs lack what the
+    figure shows.
+    """
+    last, rows = runs[-1], list(arms(config))
     out = last / "figures" / config.recipe
-    out.parent.mkdir(exist_ok=True)
-    rows = list(arms(config))
     if config.figure == "curve":
-        field = "sampling" if "sampling" in config.recipe else "n"
-        return figures.curve(folders, field, out, arm=OWN)
-    if config.figure == "similarity":
-        figures.similarity(last, rows, out)
-        return figures.similarity(last, rows, out.with_name(f"{out.name}-lr-hr"),
-                                  name="results-lr-hr")  # fmt: skip
-    if config.figure == "tsne":
-        return figures.tsne(last, ["teacher, LR", *rows], out)
-    return means(config, last, out)
+        wanted = members(replace(config, vary=RECIPES[config.recipe].vary))
+        drawn = figures.recipe_curve(OWN, config, wanted, runs, out, arm=OWN)
+    elif config.figure == "similarity":
+        drawn = figures.similarity(last, rows, out)
+        other = out.with_name(f"{out.name}-lr-hr")
+        print(f"figure: {figures.similarity(last, rows, other, name='results-lr-hr')}")
+    elif config.figure == "tsne":
+        drawn = figures.tsne(last, ["teacher, LR", *rows], out)
+    else:
+        drawn = means(config, last, out)
+    if drawn:
+        print(f"figure: {drawn}")
+    return drawn
 
 
 def means(config: Config, run: Path, out: Path) -> Path:

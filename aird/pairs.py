@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from aird.config import Config
 from shared.config import locate
+from shared.contrast import derangement
 from shared.data.kept import Rows, locked
 from shared.data.pipeline import Loader
 from shared.run import Run
@@ -57,9 +58,7 @@ class Pairs:
         numbers = index.cpu()
         index, places = index.to(y.device), torch.arange(len(y), device=y.device)
         if self.negatives is None:
-            order = torch.randperm(len(y), generator=generator, device=y.device)
-            i = torch.empty_like(order)
-            i[order] = order.roll(1)  # a cycle: nobody is his own partner
+            i = derangement(len(y), generator)
             return i, self._others(y, y[i], generator), index[i] != index
         e = torch.from_numpy(self.embeddings[numbers.numpy()]).to(y.device, torch.float64)
         e = F.normalize(e, dim=1)

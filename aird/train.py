@@ -7,6 +7,7 @@ method, and ends in the paper's ablation table, with FaceBN on the plain and on 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -81,13 +82,13 @@ def train(config: Config) -> Path:
                 f_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
                     f_t, z_t = taught_by.targets(batch)
-            cls = F.cross_entropy(student.logits(f_s, batch.y), batch.y)
+            z_margin, z_s = student.logit_pair(f_s, batch.y)
+            cls = F.cross_entropy(z_margin, batch.y)
             penalty = student.penalty  # MagFace's; of the call before
             iid_, rid_, watched = zero, zero, {}
             if wanted.alpha:
-                iid_ = L_iid(z_t, student.logits(f_s), batch.y, temperature=wanted.temperature,
-                             mode=wanted.mode, target=wanted.target,
-                             non_target=wanted.non_target)  # fmt: skip
+                iid_ = L_iid(z_t, z_s, batch.y, temperature=wanted.temperature, mode=wanted.mode,
+                             target=wanted.target, non_target=wanted.non_target)  # fmt: skip
                 if wanted.mode == "dkd":
                     iid_ = warm_up(batch.epoch, wanted.warm_epochs) * iid_
             if wanted.beta and pairs is not None:
@@ -159,8 +160,8 @@ def main() -> None:
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
     folders = [train(one) for one in runs]
-    if config.figure:
-        print(f"figure: {figures.draw(config, folders)}")
+    if config.figure and int(os.environ.get("RANK", 0)) == 0:
+        figures.draw(config, folders)
 
 
 if __name__ == "__main__":

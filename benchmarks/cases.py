@@ -83,14 +83,15 @@ def angles(n: int, d: int) -> tuple[Run, Run]:
     )
 
 
-def relation(b: int, k: int, m: int, d: int) -> tuple[Run, Run]:
-    leaves = _random((b, d), (b, d), (m, d), (d, d), (d,))
+def relation(b: int, k: int, m: int, d: int, *, weight: bool = True) -> tuple[Run, Run]:
+    leaves = _random((b, d), (b, d), (m, d), *([(d, d), (d,)] if weight else []))
     for x in leaves:
         x.requires_grad_()
     index = torch.randint(m, (b, k), generator=torch.Generator().manual_seed(1))
 
     def run(backend: str) -> Run:
-        q, a, n, w, c = leaves
+        q, a, n, *linear = leaves
+        w, c = linear or (None, None)
         return _step(lambda: kernels.relation_scores(q, a, n, index, w, c, backend=backend), leaves)
 
     return run("reference"), run("auto")
@@ -163,6 +164,10 @@ CASES = [
     Case(
         "relation_scores", "B=96 K=513 d=128", "naive", lambda: relation(96, 513, 4192, 128),
         2.0, memory=1 / 8,
+    ),
+    Case(
+        "relation_scores", "B=96 K=513 d=128, no weight", "naive",
+        lambda: relation(96, 513, 4192, 128, weight=False), 6.0, memory=1 / 8,
     ),
     Case(
         "nce_scores", "B=32 K=4096 M=20000 D=128", "naive", lambda: nce(32, 4096, 20_000, 128),

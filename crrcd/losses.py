@@ -56,8 +56,3 @@ def L_kd(z_s: Tensor, z_t: Tensor, rho: float) -> Tensor:
 def L_total(cls: Tensor, kd: Tensor, rcd: Tensor, *, alpha: float, beta: float) -> Tensor:
     """Eq. 13: L_cls + alpha L_kd + beta L_rcd, scalars."""
     return cls + alpha * kd + beta * rcd
-
-
-def log_normaliser(scores: Tensor, *, m: int) -> Tensor:
-    """ln Z, Z = m * mean of e^score over `scores` (cosine / tau, any shape): CRD's constant."""
-    return math.log(m) + torch.logsumexp(scores.flatten(), 0) - math.log(scores.numel())

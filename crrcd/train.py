@@ -17,9 +17,10 @@ from crrcd.config import ABOUT, NAME, RECIPES, Config, arms, members
 from crrcd.figures import draw
 from crrcd.finetune import finetune
 from crrcd.losses import L_total
-from crrcd.model import CollapseAlarm, FeatureQueue, Normaliser, RelationCritic, derangement
+from crrcd.model import FeatureQueue, RelationCritic
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
+from shared.contrast import CollapseAlarm, Normaliser, derangement
 from shared.data.pipeline import Loader
 from shared.data.sets import load
 from shared.evaluate.score import score
@@ -72,9 +73,10 @@ def train(config: Config) -> Path:
                 e_s = net(batch.x_l())
                 if wanted.alpha or wanted.beta:
                     e_t, z_t = taught_by.targets(batch)
-            cls = F.cross_entropy(student.logits(e_s, batch.y), batch.y)
+            z_margin, z_s = student.logit_pair(e_s, batch.y)
+            cls = F.cross_entropy(z_margin, batch.y)
             penalty = student.penalty  # MagFace's; of the call before
-            kd_ = kd(student.logits(e_s), z_t, wanted.rho) if wanted.alpha else zero
+            kd_ = kd(z_s, z_t, wanted.rho) if wanted.alpha else zero
             rcd, watched = zero, {}
             if wanted.beta:
                 # relations are drawn over the global batch, the same on every rank

@@ -58,7 +58,8 @@ class Data:
     counts: Literal["published", "any"] = "published"
     """published: a data set must be complete. any: what is there is taken."""
     test_sets: tuple[str, ...] = ()
-    """Training faces: what to score on, such as lfw=FOLDER or agedb=FILE.bin."""
+    """Training faces: what to score on, such as lfw=FOLDER or agedb=FILE.bin. Objects: what frozen
+    features are probed on, stl10=FOLDER or tinyimagenet=FOLDER."""
     landmarks: tuple[str, ...] = ()
     """CSV files of five points a face (path,x1,y1,...,x5,y5), to align to ArcFace's template."""
     no_landmarks: Literal["error", "centre-crop", "drop"] = "error"

@@ -14,6 +14,7 @@ import argparse
 import difflib
 import io
 import json
+import sys
 import textwrap
 import zipfile
 import zlib
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_ind, wasserstein_distance
 
 from shared import cli
-from shared.config import SCHEMA
+from shared.config import SCHEMA, Run, locate, to_dict
 from shared.evaluate.intervals import Interval, bootstrap
 from shared.evaluate.verify import histogram_statistics
 from shared.files import write_bytes
@@ -146,6 +147,35 @@ def curve(
         "unit": "percent", "evaluation": first.record["evaluation"], "items": items,
         "resampled": unit, "units": drawn, "also different": differ, "points": shown_points,
     })  # fmt: skip
+
+
+def recipe_curve(
+    paper: str, config: Run, wanted: Sequence[Run], runs: Sequence[Path], out: Path, *, arm: str
+) -> Path | None:
+    """`curve` of a recipe whose runs, `wanted`, differ in one field; None with fewer than two.
+
+    Takes the finished `runs` and every earlier one in `config.runs` that was trained as one of
+    `wanted`, so that it grows with --only and --resume. Those that are missing are said.
+    """
+    keys = [_trained(to_dict(one)) for one in wanted]
+    (field,) = (k for k in keys[0] if len({json.dumps(key[k]) for key in keys}) > 1)
+    tables = (locate(config.runs) / paper).glob(f"{config.recipe}-*/results.json")
+    earlier = [table.parent for table in sorted(tables, key=lambda table: table.stat().st_mtime)]
+    found: dict[int, Path] = {}
+    for run in [*earlier, *runs]:
+        try:
+            its = _trained(read_record(run / "config.json")["config"])
+        except ValueError:  # of another version
+            continue
+        if its in keys:
+            found[keys.index(its)] = run
+    if missing := [k for k in range(len(keys)) if k not in found]:
+        each = "; ".join(f"train.py {config.recipe} --only {k + 1}" for k in missing)
+        print(f"{config.recipe}: {len(found)} of {len(keys)} runs; not yet: {each}",
+              file=sys.stderr)  # fmt: skip
+    if len(found) < 2:
+        return None
+    return curve([found[k] for k in sorted(found)], field, out, arm=arm)
 
 
 @mpl.rc_context(STYLE)
@@ -513,6 +543,11 @@ def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         found |= _fields(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
+
+
+def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the students of a config.json."""
+    return {k: v for k, v in _fields(config).items() if k not in APART}
 
 
 def main() -> None:

@@ -137,7 +137,9 @@ def _about(run: Finished) -> str:
 def _table(run: Finished) -> str:
     best = {name: found for name, lines in run.metrics.items() if (found := _best(lines))}
     head, body = ["network"], []
-    compared = {c for row in run.rows.values() for c, x in row["cells"].items() if "difference" in x}
+    compared = {
+        c for row in run.rows.values() for c, cell in row["cells"].items() if "difference" in cell
+    }
     for column, heading in run.results["columns"].items():
         head += [f"{heading} (%)"] + ([f"minus {run.reference}"] if column in compared else [])
     head += ["parameters", "MACs"] + (["best epoch"] if best else [])

@@ -128,16 +128,14 @@ def parser(paper: str) -> argparse.ArgumentParser:
 
 
 def arguments(made: argparse.ArgumentParser) -> dict[str, Any]:
-    """The flags given, with the device settled and what changes Data under "data"."""
+    """What `evaluate` of a paper is called with: the device settled, fields of Data where given."""
     args = vars(made.parse_args())
     args["device"] = str(choose_device(args["device"]))
-    fields = ("landmarks", "no_landmarks", "margin", "any_alignment", "counts")
-    given = {name: args.pop(name) for name in fields}
-    args["data"] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    for name in ("landmarks", "no_landmarks", "margin", "any_alignment", "counts"):
+        if args[name] is None:
+            del args[name]
+        elif isinstance(args[name], list):
+            args[name] = tuple(args[name])
     return args
 
 

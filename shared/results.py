@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import nn
 
 from shared.config import SCHEMA, Data
 from shared.data.pipeline import normalise, upsampled_input
-from shared.data.protocols import Evaluation
+from shared.data.protocols import Evaluation, Task
 from shared.evaluate.intervals import paired
-from shared.evaluate.score import Network, Score, score
+from shared.evaluate.score import BATCH, Network, Score, score
 from shared.files import write_bytes, write_text
 from shared.models import count_parameters, macs
 from shared.models.recogniser import Student, reader
@@ -57,6 +58,8 @@ def student_row(
         reader(recogniser, data, task), evaluation, enrolled=enrolled, best=best,
         adapt=lambda: adapt(recogniser),
     )  # fmt: skip
+    if task == "objects":  # scored by logits; figures show features
+        found.extra["points"] = _features(reader(recogniser, data, "faces"), evaluation)
     return Row(found, *student_cost(student))
 
 
@@ -80,10 +83,13 @@ def teacher_rows(
         del views["teacher, HR"]
     for name, view in views.items():
 
-        def network(pixels: torch.Tensor, view: Any = view) -> torch.Tensor:
+        def network(pixels: torch.Tensor, view: Any = view, task: Task = task) -> torch.Tensor:
             return teacher.output(view(pixels.to(device), data), task)
 
-        rows[name] = Row(score(network, evaluation, best=best), *cost)
+        found = score(network, evaluation, best=best)
+        if task == "objects":
+            found.extra["points"] = _features(partial(network, task="faces"), evaluation)
+        rows[name] = Row(found, *cost)
     return rows
 
 
@@ -212,16 +218,32 @@ def _aligned(lines: list[list[str]]) -> list[str]:
     return [text[0], "-" * len(text[0]), *text[1:]]
 
 
+def _chosen(evaluation: Evaluation) -> np.ndarray:
+    """Numbers of the images that a t-SNE shows."""
+    labels = evaluation.images.labels.numpy()
+    classes = np.unique(labels)[: POINT_CLASSES if evaluation.fit is None else POINT_PEOPLE]
+    return np.concatenate([np.flatnonzero(labels == c)[:POINTS_PER_CLASS] for c in classes])
+
+
+@torch.inference_mode()
+def _features(network: Network, evaluation: Evaluation) -> np.ndarray:
+    """[P, D] of those images."""
+    order = list(torch.as_tensor(_chosen(evaluation)).split(BATCH))
+    found = [network(pixels).float().cpu() for _, pixels in evaluation.images.batches(order)]
+    return torch.cat(found).numpy()
+
+
 def _figures(
     arrays: dict[str, np.ndarray], rows: Mapping[str, Row], evaluation: Evaluation
 ) -> None:
     """What the report draws: pair scores, points for t-SNE, example pairs."""
-    labels = evaluation.images.labels.numpy()
-    classes = np.unique(labels)[: POINT_CLASSES if evaluation.fit is None else POINT_PEOPLE]
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:POINTS_PER_CLASS] for c in classes])
-    arrays["points/labels"] = labels[chosen]
+    chosen = _chosen(evaluation)
+    arrays["points/labels"] = evaluation.images.labels.numpy()[chosen]
     for name, row in rows.items():
-        arrays[f"{name}/points"] = row.score.extra["embeddings"][chosen].astype(np.float32)
+        points = row.score.extra.get("points")
+        if points is None:
+            points = row.score.extra["embeddings"][chosen]
+        arrays[f"{name}/points"] = points.astype(np.float32)
         if "scores" in row.score.extra:
             arrays[f"{name}/scores"] = row.score.extra["scores"].astype(np.float32)
             arrays[f"{name}/threshold"] = row.score.extra["threshold"]

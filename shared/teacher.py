@@ -96,10 +96,11 @@ def get(
 ) -> FrozenTeacher:
     """The teacher that the configuration names, from the cache, a checkpoint or a training run.
 
-    loader: of the images that it will teach on. passes: how often it will be asked about them in
-    the whole run, epochs x students taught; its outputs are kept where that pays (0: never), see
-    Teacher.outputs. Interrupted training goes on where it stopped; a second process that wants the
-    same teacher waits for the first. Raises ValueError for a checkpoint that does not fit.
+    loader: of the images that it will teach on. passes: how often it will be asked about them,
+    epochs x students taught (0: its outputs are not kept; else see Teacher.outputs). Interrupted
+    training goes on where it stopped; a second process that wants the same teacher waits for the
+    first. Raises ValueError for a checkpoint that does not fit, and for outputs that are to be kept
+    always and take more than Teacher.outputs_gib.
     """
     frozen = FrozenTeacher(_recogniser(run, teacher, data, dataset), dataset.classes)
     if loader is not None:

@@ -171,7 +171,7 @@ def fill(
                 done += 1
                 bar.update(size * run.world)
                 now = time.monotonic()
-                if bar.disable and now - said > SAY_SECONDS:
+                if bar.disable and now - said > SAY_SECONDS and done < here:
                     said, speed = now, done * size * run.world / (now - began)
                     left = (now - began) * (here - done) / done
                     run.say(f"{what}: {done / here:.0%}, {speed:,.0f} images/s, {left:,.0f} s left")

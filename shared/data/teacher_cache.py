@@ -84,7 +84,7 @@ class TeacherCache:
     def keep(self, passes: int) -> None:
         """Compute all views, or take them from disk, if that is wanted and pays (Teacher.outputs).
 
-        passes: epochs x students that the run teaches, also those that a resumed run has done.
+        passes: how often the run would ask about every image, epochs x students taught.
         Raises ValueError where they are to be kept always, and take more than Teacher.outputs_gib.
         """
         run, loader = self.run, self.loader

@@ -65,21 +65,37 @@ class CosineHead(nn.Module):
         outside [0, classes). On a GPU that check would make the host wait for the device at every
         step; there the gather itself asserts.
         """
+        cosine = self.cosines(feature)
+        return self.scale * cosine if label is None else self._changed(cosine, feature, label)
+
+    def pair(self, feature: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits with the margin and without it, as `forward` gives them, of one set of cosines."""
+        cosine = self.cosines(feature)
+        return self._changed(cosine, feature, label), self.scale * cosine
+
+    def cosines(self, feature: Tensor) -> Tensor:
+        """[B, classes] of feature [B, dim]. Divides products by lengths, which are fewer numbers
+        than the weights; raises ValueError for features of another shape."""
         if feature.ndim != 2 or feature.shape[1] != self.dim:
             raise ValueError(f"expected features [B, {self.dim}], got {list(feature.shape)}")
-        dtype = torch.promote_types(feature.dtype, self.weight.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(feature.device.type, enabled=False):
-            weight = F.normalize(self.weight.to(dtype))
-            feature = feature.to(dtype)
-            cosine = F.linear(F.normalize(feature), weight)
-            if label is None:
-                return self.scale * cosine
-            self._check_label(label, len(feature))
+            feature = feature.to(self._dtype(feature))
+            weight = self.weight.to(feature.dtype)
+            length = weight.norm(dim=1).clamp(min=1e-12)
+            return F.linear(F.normalize(feature), weight) / length
+
+    def _changed(self, cosine: Tensor, feature: Tensor, label: Tensor) -> Tensor:
+        """Scaled cosines with the margin."""
+        self._check_label(label, len(feature))
+        with torch.autocast(feature.device.type, enabled=False):
             index = label.unsqueeze(1)
             target = cosine.gather(1, index)
-            changed = self.with_margin(target, feature)
+            changed = self.with_margin(target, feature.to(self._dtype(feature)))
             return self.scale * self.others(cosine, target).scatter(1, index, changed)
+
+    def _dtype(self, feature: Tensor) -> torch.dtype:
+        dtype = torch.promote_types(feature.dtype, self.weight.dtype)
+        return torch.promote_types(dtype, torch.float32)
 
     def _check_label(self, label: Tensor, batch: int) -> None:
         if label.shape != (batch,) or label.dtype != torch.int64:
@@ -195,9 +211,9 @@ class MagFace(CosineHead):
     def __getstate__(self) -> dict[str, object]:  # for copies: a tensor with a graph has none
         return {**self.__dict__, "_buffers": self._buffers | {"penalty": self.penalty.detach()}}
 
-    def forward(self, feature: Tensor, label: Tensor | None = None) -> Tensor:
+    def cosines(self, feature: Tensor) -> Tensor:
         self.penalty = torch.zeros_like(self.penalty)  # of this call, also where there is no label
-        return super().forward(feature, label)
+        return super().cosines(feature)
 
     def with_margin(self, cosine: Tensor, feature: Tensor) -> Tensor:
         a = feature.norm(dim=1, keepdim=True).clamp(self.a_min, self.a_max)

@@ -80,6 +80,13 @@ class Recogniser(nn.Module):
                 return self.backbone.classify(embedding.float())  # type: ignore[operator]
         return self.head(embedding, label)
 
+    def logit_pair(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` with label and without: what is classified by, and what is distilled."""
+        if self.head is None:
+            logits = self.logits(embedding)
+            return logits, logits
+        return self.head.pair(embedding, label)  # type: ignore[operator]
+
 
 class Student(nn.Module):
     """A trained student as it goes on a camera: LR images at native size in, one tensor out.

@@ -10,36 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aird.config import RECIPES, Config, arms, members
+from aird.config import RECIPES, arms, members
 from aird.eval import evaluate
 from aird.model import face_bn
 from aird.train import load_student, train
 from shared import models
 from shared.models.recogniser import Recogniser, read_metadata
-from tests.conftest import python
+from tests.conftest import python, tiny_aird
 
 ROWS = ["alone", "alone-long", "iid", "rid", "aird"]
-
-
-def tiny(tmp: Path, kept: Path, **changes: object) -> Config:
-    """The smoke recipe, smaller, in fp32 so that bits repeat."""
-    smoke = RECIPES["smoke"]
-    optim = replace(smoke.teacher.optim, epochs=1, batch=16)
-    config = replace(
-        smoke,
-        data=replace(smoke.data, identities=8, instances=8, development=24, test=24),
-        teacher=replace(smoke.teacher, identities=8, optim=optim),
-        optim=replace(smoke.optim, epochs=4, batch=16),
-        n=16, precision="fp32", threads=1, log_every=1, evaluate_every=2,
-        runs=str(tmp / "runs"), cache=str(kept), report=False,
-    )  # fmt: skip
-    return replace(config, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     torch.set_num_threads(1)
-    return train(tiny(tmp_path_factory.mktemp("runs"), cache))
+    return train(tiny_aird(tmp_path_factory.mktemp("runs"), cache))
 
 
 def table(run: Path, name: str = "results") -> dict:
@@ -111,19 +96,19 @@ def test_all_students_start_from_the_same_weights_and_see_the_same_images(run: P
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, cache: Path) -> None:
-    config = tiny(tmp_path, cache, students=("aird",), lr_hr=False, checkpoint_seconds=0.0)
+    config = tiny_aird(tmp_path, cache, students=("aird",), lr_hr=False, checkpoint_seconds=0.0)
     whole = train(replace(config, folder=str(tmp_path / "whole")))
     part = tmp_path / "part"
     stop = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
         "from shared.phase import Phase\n"
-        "from tests.aird.test_train import tiny; from aird.train import train\n"
+        "from tests.conftest import tiny_aird; from aird.train import train\n"
         "log = Phase.log\n"
         "def once(self, batch, **terms):\n"
         "    if self.name == 'aird' and self.step == 9: sys.exit(7)\n"
         "    return log(self, batch, **terms)\n"
         "Phase.log = once\n"
-        f"train(tiny(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('aird',),\n"
+        f"train(tiny_aird(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('aird',),\n"
         f"      lr_hr=False, checkpoint_seconds=0.0, folder={str(part)!r}))\n"
     )
     assert python("-c", stop).returncode == 7
@@ -138,8 +123,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, cache: Path) -
 @pytest.mark.parametrize("sampling", ["preselected", "random"])
 @pytest.mark.parametrize("mode", ["paper", "dkd"])
 def test_every_policy_and_mode_trains(tmp_path: Path, cache: Path, sampling, mode) -> None:
-    config = tiny(tmp_path, cache, students=("aird",), lr_hr=False, sampling=sampling, mode=mode)
-    found = logged(train(config))
+    config = tiny_aird(tmp_path, cache, students=("aird",), lr_hr=False)
+    found = logged(train(replace(config, sampling=sampling, mode=mode)))
     assert all(x["rid"] > 0 and x["iid"] > 0 for x in found)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from crrcd.losses import L_kd, L_rcd, L_total, critic, log_normaliser
+from crrcd.losses import L_kd, L_rcd, L_total, critic
 from shared.losses import kd, nce
 
 
@@ -123,9 +123,3 @@ def test_kd_works_in_float32_for_half_precision_logits() -> None:
 def test_eq13_weighs_the_terms() -> None:
     one, two, three = (torch.tensor(v) for v in (1.0, 2.0, 3.0))
     assert L_total(one, two, three, alpha=0.5, beta=2.0).item() == 1 + 0.5 * 2 + 2 * 3
-
-
-def test_normaliser_is_the_log_of_m_times_the_mean_exponential() -> None:
-    scores = torch.linspace(-3, 9, 40, dtype=torch.float64).view(4, 10)
-    expected = math.log(500 * sum(math.exp(s) for s in scores.flatten().tolist()) / 40)
-    assert log_normaliser(scores, m=500).item() == pytest.approx(expected, rel=1e-12)

@@ -7,15 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crrcd.losses import log_normaliser
-from crrcd.model import (
-    CollapseAlarm,
-    FeatureQueue,
-    Normaliser,
-    RelationCritic,
-    RelationModule,
-    derangement,
-)
+from crrcd.model import FeatureQueue, RelationCritic, RelationModule
 
 
 def test_relation_module_is_phi_relu_phi_i_minus_phi_j() -> None:
@@ -64,19 +56,6 @@ def test_gradients_reach_the_student_and_the_relation_networks_only() -> None:
     (pos.sum() - neg.sum()).backward()
     assert e_s.grad is not None and e_s.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.parameters())
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 200), st.integers(0, 10**6))
-def test_derangement_is_a_permutation_without_fixed_points(size: int, seed: int) -> None:
-    partner = derangement(size, torch.Generator().manual_seed(seed))
-    assert sorted(partner.tolist()) == list(range(size))
-    assert (partner != torch.arange(size)).all()
-
-
-def test_a_single_image_has_no_partner() -> None:
-    with pytest.raises(ValueError, match="no partner"):
-        derangement(1, torch.Generator())
 
 
 # -- the queue -----------------------------------------------------------------------------------
@@ -165,26 +144,3 @@ def test_a_batch_larger_than_the_queue_is_refused() -> None:
 
 
 # -- normaliser and alarm ------------------------------------------------------------------------
-
-
-def test_the_three_normalisers() -> None:
-    batches = [(torch.full((2,), 0.1 * k), torch.full((2, 3), 0.2 * k)) for k in range(1, 4)]
-    expected = [log_normaliser(torch.cat([p[:, None], n], 1) / 0.1, m=50) for p, n in batches]
-    paper = Normaliser("paper", m=50, tau=0.1)
-    assert [paper(*b).item() for b in batches] == [0.0, 0.0, 0.0]
-    crd = Normaliser("crd", m=50, tau=0.1)
-    assert [crd(*b).item() for b in batches] == [pytest.approx(expected[0].item())] * 3
-    ema = Normaliser("crd-ema", m=50, tau=0.1, momentum=0.5)
-    ema(*batches[0])
-    second = 0.5 * expected[0] + 0.5 * expected[1]
-    assert ema(*batches[1]).item() == pytest.approx(second.item(), rel=1e-6)
-    assert ema(*batches[2]).item() == pytest.approx((0.5 * (second + expected[2])).item(), rel=1e-6)
-
-
-def test_collapse_alarm_speaks_once_and_only_of_a_lasting_collapse() -> None:
-    said: list[str] = []
-    alarm = CollapseAlarm(said.append, gap=0.02, patience=3)
-    for gap in (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0):
-        alarm.watch({"cos_pos": gap, "cos_neg": 0.0})
-        alarm.watch(None)
-    assert len(said) == 1 and "collapse" in said[0]

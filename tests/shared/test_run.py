@@ -26,7 +26,7 @@ from shared.files import write_bytes, write_checkpoint
 from shared.models.recogniser import Recogniser
 from shared.phase import Phase
 from shared.run import Run
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT, python, tiny_aird
 
 # A run of train() in a process of its own that ends itself by a signal at step STEP of phase ARM.
 KILLED = """
@@ -291,13 +291,13 @@ def test_load_student_takes_lr_images_at_native_size(whole: Path) -> None:
 
 # Batch norm frozen everywhere; the gradient of every parameter is kept after each of three steps.
 RANKED = """
-import json, sys, torch
+import importlib, json, sys, torch
 from shared.config import from_dict
-from crrcd.config import Config
+paper = sys.argv[1]
+Config = importlib.import_module(f"{paper}.config").Config
 torch.nn.modules.batchnorm._BatchNorm.train = (
     lambda self, mode=True: torch.nn.Module.train(self, False))
-from shared import optim
-import crrcd.train
+train = importlib.import_module(f"{paper}.train").train
 grads = []
 step = torch.optim.SGD.step
 def kept(self, *args, **kwargs):
@@ -305,16 +305,23 @@ def kept(self, *args, **kwargs):
                   if p.grad is not None])
     return step(self, *args, **kwargs)
 torch.optim.SGD.step = kept
-config = from_dict(Config, json.loads(sys.argv[1]))
-run = crrcd.train.train(config)
+run = train(from_dict(Config, json.loads(sys.argv[2])))
 import os
 if int(os.environ.get("RANK", 0)) == 0:
     torch.save(grads, run / "grads.pt")
 """
 
 
-def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(make_config, tmp_path: Path) -> None:
-    config = make_config()
+@pytest.mark.parametrize("paper", ["crrcd", "aird", "aird, random pairs"])
+def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(
+    make_config, tmp_path: Path, cache: Path, paper: str
+) -> None:
+    if paper == "crrcd":
+        config = make_config()
+    else:
+        sampling = "random" if "random" in paper else "preselected"
+        # all 56 images of other people: which are hardest may differ where teachers round apart
+        config = tiny_aird(tmp_path, cache, students=("aird",), n=56, sampling=sampling)
     # a small rate: rounding is compared, not how training amplifies it
     config = replace(config, optim=replace(config.optim, epochs=2, lr=1e-3))
     script = tmp_path / "ranked.py"
@@ -326,7 +333,7 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(make_config, tmp_pa
         one = replace(config, folder=folder, cache=kept)
         done = python(
             "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
-            str(script), json.dumps(to_dict(one)),
+            str(script), paper.partition(",")[0], json.dumps(to_dict(one)),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append(Path(one.folder))
@@ -341,7 +348,7 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(make_config, tmp_pa
             if key not in ("phase",) and "development" not in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-5, abs=2e-5), (key, a, b)
     first, second = (torch.load(run / "grads.pt") for run in runs)
-    for a, b in zip(first[-8:], second[-8:], strict=True):  # the CRRCD student's steps
+    for a, b in zip(first[-8:], second[-8:], strict=True):  # the paper's student's steps
         for p, q in zip(a, b, strict=True):
             assert (p - q).norm() <= 1e-4 * p.norm() + 1e-6
 

@@ -31,7 +31,7 @@ def relation_scores(
     itself, e = d. Returns [B, K]; a relation vector of norm 0 scores 0.
     Differentiates query, anchor, bank, weight and bias. B = 0 or K = 0 gives an empty result. A
     NaN makes the scores NaN that it enters. Source: CRRCD Sec. III-A and Eq. 10, with the two
-    linear maps after the ReLU merged into `weight` and `bias`; AIRD Eq. 2-3 without a weight.
+    linear maps after the ReLU merged into `weight` and `bias`; AIRD Eq. 2 and 4 without a weight.
 
     Memory: [B, K], and for "cpu" with a weight .6 of one [B, K, e] up to 256 MiB, between forward
     and backward pass; "reference", the equation under autograd, keeps several [B, K, d]. Cost:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crrcd.config import Config
+from crrcd.train import train
 from shared import teacher
 from shared.config import Data, Network, Teacher, to_dict
 from shared.data.pipeline import Batch, Loader, Resident, Streaming, Views, normalise
@@ -189,6 +191,20 @@ def test_a_teacher_without_a_loader_has_no_embeddings(config: Config, own: Path)
     c = replace(config.teacher, checkpoint=str(own))
     with pytest.raises(ValueError, match="was given no loader"):
         teacher.get(run, c, config.data, of(IMAGES)).embeddings()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_whole_run_has_the_bits_of_one_with_a_live_teacher(make_config, precision: str) -> None:
+    found = []
+    for outputs in ("never", "always", "always"):  # computed, then from disk
+        c = make_config(precision=precision, seed=11)
+        run = train(replace(c, teacher=replace(c.teacher, outputs=outputs)))
+        weights = load_file(run / "student.safetensors")
+        lines = (run / "metrics.jsonl").read_text()
+        found.append((lines, {k: v.numpy().tobytes() for k, v in weights.items()}))
+        record = json.loads((run / "config.json").read_text())["teacher_outputs"]
+        assert record == "live" if outputs == "never" else record["views"] == VIEWS
+    assert found[0] == found[1] == found[2]
 
 
 # -- when ----------------------------------------------------------------------------------------

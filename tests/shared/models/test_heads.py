@@ -453,3 +453,26 @@ def test_a_cuda_step_never_waits_for_the_device(head_type):
         head(feature, label).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("head", EVERY)
+def test_a_pair_is_the_logits_with_and_without_label(head: type) -> None:
+    torch.manual_seed(0)
+    one, two = head(7, 5), head(7, 5)
+    two.load_state_dict(one.state_dict())
+    feature = torch.randn(6, 7, requires_grad=True)
+    label = torch.tensor([0, 1, 2, 3, 4, 0])
+    margin, plain = one.pair(feature, label)
+    assert torch.equal(plain, two(feature))
+    assert torch.equal(margin, two(feature, label))
+    assert torch.equal(one.penalty, two.penalty)  # MagFace's is that of the call with a label
+    weights = torch.randn_like(margin), torch.randn_like(margin)
+    (weights[0] * margin + weights[1] * plain).sum().backward()
+    assert feature.grad is not None
+    both = feature.grad.clone()
+    feature.grad = None
+    two.load_state_dict(head(7, 5).state_dict() | {"weight": one.weight.detach()})
+    (weights[0] * two(feature, label)).sum().backward()
+    (weights[1] * two(feature)).sum().backward()
+    torch.testing.assert_close(feature.grad, both, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two.weight.grad, one.weight.grad, rtol=1e-4, atol=1e-4)
