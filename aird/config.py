@@ -82,17 +82,25 @@ class Config(Run):
             raise ValueError(f"--gamma {self.gamma}: must lie between 0 and 1")
         if not self.students or len(set(self.students)) < len(self.students):
             raise ValueError(f"--students {' '.join(self.students)}: name each once, at least one")
+        if self.images_per_class < 2:
+            raise ValueError("--images-per-class must be 2 or more: a pair has two images")
         if self.sampling == "preselected" and self.optim.batch % self.images_per_class:
             raise ValueError(
                 f"--optim.batch {self.optim.batch} is no multiple of --images-per-class "
                 f"{self.images_per_class}"
             )
-        if self.images_per_class < 2:
-            raise ValueError("--images-per-class must be 2 or more: a pair has two images")
+        if self.n > self.pool:
+            raise ValueError(f"--n {self.n} negatives cannot come from --pool {self.pool} images")
+        weights = ("alpha", "beta", "target", "non_target", "warm_epochs")
+        if bad := [name for name in weights if getattr(self, name) < 0]:
+            flag = bad[0].replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(self, bad[0])}: must be 0 or more")
+        if self.long <= 0:
+            raise ValueError(f"--long {self.long}: must be above 0")
 
 
 _EMBEDDED = Config()
-_SHORT = replace(_EMBEDDED, students=("alone", "aird"))
+_SHORT = replace(_EMBEDDED, students=("alone", "aird"), lr_hr=False)
 
 # CASIA-WebFace 112 -> 16. The teacher is given by --teacher.checkpoint, or trained here.
 _ARCFACE: dict[str, Any] = {"head": "arcface", "scale": 64.0, "margin": 0.5}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aird.config import RECIPES, Config, arms, members
 from aird.model import face_bn
-from aird.scoring import OWN, feature_means
+from aird.scoring import ADAPTED, OWN, feature_means
 from shared import figures
 from shared.config import locate
 from shared.data.sets import load
@@ -27,15 +27,18 @@ def draw(config: Config, runs: Sequence[Path]) -> Path | None:
     None where a curve has fewer than two runs. Raises ValueError where the runs lack what the
     figure shows.
     """
-    last, rows = runs[-1], list(arms(config))
+    last = runs[-1]
+    rows = [ADAPTED if arm == OWN else arm for arm in arms(config)]  # the paper's AIRD has FaceBN
     out = last / "figures" / config.recipe
     if config.figure == "curve":
         wanted = members(replace(config, vary=RECIPES[config.recipe].vary))
-        drawn = figures.recipe_curve(OWN, config, wanted, runs, out, arm=OWN)
+        drawn = figures.recipe_curve(OWN, config, wanted, runs, out, arm=ADAPTED,
+                                     column="verification_best")  # fmt: skip
     elif config.figure == "similarity":
-        drawn = figures.similarity(last, rows, out)
+        drawn = figures.similarity(last, ["teacher, LR", *rows], out)
         other = out.with_name(f"{out.name}-lr-hr")
-        print(f"figure: {figures.similarity(last, rows, other, name='results-lr-hr')}")
+        mixed = figures.similarity(last, ["teacher", *rows], other, name="results-lr-hr")
+        print(f"figure: {mixed}")
     elif config.figure == "tsne":
         drawn = figures.tsne(last, ["teacher, LR", *rows], out)
     else:
@@ -57,7 +60,7 @@ def means(config: Config, run: Path, out: Path) -> Path:
     trained_on = measure(data.train, nullcontext)
     before, after = measure(test.images, nullcontext), measure(test.images, adapted)
     groups = {
-        "batch norm": {"training": trained_on, test.name: before},
-        "FaceBN": {"training": trained_on, test.name: after},
+        "batch norm": {test.name: before, "training": trained_on},
+        "FaceBN": {test.name: after, "training": trained_on},
     }
     return figures.means(groups, out)

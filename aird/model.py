@@ -74,6 +74,10 @@ def face_bn(model: nn.Module, gamma: float = 0.1, mode: Mode = "online") -> Iter
     from batch to batch, so the result depends on batch size and order. anchored: the right-hand
     sides are always the training statistics. gamma 1 is the network in evaluation mode, to the bit.
 
+    A batch must be a fair sample of the new faces: hundreds, of many people. Few faces, or many of
+    one person, give statistics of their own, and recognition collapses (README.md has numbers).
+    Where a batch's statistics are not finite, those before it stand.
+
     Starts from the training statistics, so one context is one data set; the model is in evaluation
     mode inside. Afterwards, also after an exception, buffers, modes and hooks are those there were.
     A context inside another one of the same model starts anew, and the outer one then goes on.
@@ -88,7 +92,6 @@ def face_bn(model: nn.Module, gamma: float = 0.1, mode: Mode = "online") -> Iter
         raise ValueError(f"face_bn: no mode {mode!r}; there are: online, anchored")
     layers = _batch_norms(model)
     training = {module: module.training for module in model.modules()}
-    buffers = [(bn, bn.running_mean, bn.running_var) for bn in layers]
     adapting = [_Adapting(bn, gamma, mode) for bn in layers]
     try:
         model.eval()
@@ -98,8 +101,6 @@ def face_bn(model: nn.Module, gamma: float = 0.1, mode: Mode = "online") -> Iter
     finally:
         for one in adapting:
             one.leave()
-        for bn, mean, var in buffers:
-            bn.running_mean, bn.running_var = mean, var
         for module, was in training.items():
             module.training = was
 
@@ -119,7 +120,7 @@ class _Adapting:
         if self.outer is not None:
             self.trained = self.outer.trained
         self.mean, self.var = self.trained
-        self.active = False
+        self.active = self.left = False
 
     def enter(self) -> None:
         if self.outer is not None:
@@ -129,9 +130,10 @@ class _Adapting:
         self.handle = self.bn.register_forward_pre_hook(self)
 
     def leave(self) -> None:
-        if self.active:
-            self.handle.remove()
-        if self.outer is not None:
+        self.handle.remove()
+        self.left = True
+        self.bn.running_mean, self.bn.running_var = self.trained
+        if self.outer is not None and not self.outer.left:
             self.outer.active = True
 
     # normal tensors also inside inference_mode: outside of it they could not be used with autograd
@@ -145,13 +147,15 @@ class _Adapting:
         over = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean, var = (s.to(work) for s in (self.mean, self.var))
-        mean = self.gamma * mean + (1 - self.gamma) * x.mean(over, dtype=work)
-        spread = (x - mean.view(shape)).square_().mean(over)
-        var = self.gamma * var + (1 - self.gamma) * spread
+        now = self.gamma * mean + (1 - self.gamma) * x.mean(over, dtype=work)
+        spread = (x - now.view(shape)).square_().mean(over)
+        then = self.gamma * var + (1 - self.gamma) * spread
+        fine = now.isfinite() & then.isfinite()
+        mean, var = torch.where(fine, now, mean), torch.where(fine, then, var)
         if self.mode == "online":
             self.mean, self.var = mean, var
         bn.running_mean, bn.running_var = (
-            now.to(was.dtype) for now, was in zip((mean, var), self.trained, strict=True)
+            new.to(was.dtype) for new, was in zip((mean, var), self.trained, strict=True)
         )
 
 

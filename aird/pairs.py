@@ -53,7 +53,7 @@ class Pairs:
         teacher cosine (ties by image number; another copy of j's own image is none), and k are the
         negatives of image i. Random: i is any other image, and k are drawn evenly, with
         replacement, from the bank's people other than i's and j's; `generator` is read here only.
-        An `index` on the CPU costs no wait for the device.
+        Embeddings and negatives are read by `index` on the CPU and copied to the device.
         """
         numbers = index.cpu()
         index, places = index.to(y.device), torch.arange(len(y), device=y.device)

@@ -17,18 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aird.config import Config
 from aird.model import Mode, face_bn
-from shared.config import Data
+from shared import report, results
+from shared.config import Data, locate
 from shared.data.pipeline import Images, normalise, upsampled_input
 from shared.data.protocols import Evaluation
+from shared.data.sets import DataSet, evaluation
 from shared.degrade import low
-from shared.evaluate.score import BATCH, score
+from shared.evaluate.score import BATCH, embed, score
 from shared.models.recogniser import Student, enrolled_reader
-from shared.results import Row, student_row, teacher_cost, teacher_rows
+from shared.results import Row
+from shared.run import Run
 from shared.teacher import FrozenTeacher
 
 Adapt = Callable[[nn.Module], AbstractContextManager]
 OWN = "aird"
+ADAPTED = f"{OWN} + FaceBN"
 
 
 def adaptations(gamma: float, *modes: Mode) -> dict[str, Adapt]:
@@ -40,67 +45,97 @@ def adaptations(gamma: float, *modes: Mode) -> dict[str, Adapt]:
     }
 
 
-def noted(evaluation: Evaluation, gamma: float, adapt: Mapping[str, Adapt]) -> Evaluation:
+def noted(
+    evaluation: Evaluation, gamma: float, adapt: Mapping[str, Adapt], batch: int = BATCH
+) -> Evaluation:
     """The evaluation with what FaceBN's figures depend on, for the table's record."""
     if len(adapt) == 1:
         return evaluation
-    how = f"gamma {gamma:g}, batches of {BATCH} in the set's order, each before its mirror images"
+    how = f"gamma {gamma:g}, batches of {batch} in the set's order"
+    how += ", each before its mirror images" if evaluation.mirror else ""
     return replace(evaluation, notes={**evaluation.notes, "FaceBN": how})
+
+
+def tables(
+    run: Run, config: Config, data: DataSet, students: Mapping[str, Student], teacher: FrozenTeacher
+) -> None:
+    """Write and print the tables of a finished run: LR-LR and LR-HR of each test set, and for
+    procedural faces LR-LR of the shifted ones. The report follows the first."""
+    adapt = adaptations(config.gamma, "online", "anchored")
+
+    def tell(name: str, rows: Mapping[str, Row], test: Evaluation) -> None:
+        told = noted(test, config.gamma, adapt)
+        results.write(run.folder, rows, told, reference="alone", name=name, own=OWN)
+        print(results.table(run.folder, name))
+
+    for name, test in data.tests():
+        with run.autocast():
+            rows = results.teacher_rows(teacher, test, config.data, best=True)
+        tell(name, rows | lr_lr(students, test, adapt=adapt), test)
+        run.note(seconds=run.seconds())
+        if config.report and name == "results":
+            report.write(run.folder)
+        known = test.pairs is not None or test.gallery is not None
+        if config.lr_hr and known and not test.native:
+            rows = lr_hr(students, test, teacher=teacher, autocast=run.autocast, adapt=adapt)
+            tell(f"{name}-lr-hr", rows, test)
+    if config.data.name == "faces":
+        cache = locate(config.cache)
+        test = evaluation(config.data, "shifted", "", cache=cache, task="faces", classes=0)
+        tell("results-shifted", lr_lr(students, test, adapt=adapt), test)
 
 
 def lr_lr(
     students: Mapping[str, Student],
-    evaluation: Evaluation,
+    test: Evaluation,
     *,
-    teacher: FrozenTeacher | None = None,
     adapt: Mapping[str, Adapt],
+    batch: int = BATCH,
 ) -> dict[str, Row]:
-    """The table of LR images: the teacher (model_I of Table I), each student, AIRD with FaceBN."""
-    rows = {}
-    if teacher is not None:
-        data = next(iter(students.values())).data
-        rows = teacher_rows(teacher, evaluation, data, best=True)
-    for arm, student in students.items():
-        for suffix, how in adapt.items():
-            if not suffix or arm == OWN:
-                rows[arm + suffix] = student_row(student, evaluation, best=True, adapt=how)
-    return rows
+    """The rows of LR images: each student, and AIRD's as `adapt` has it."""
+    return {
+        arm + suffix: results.student_row(student, test, best=True, batch=batch, adapt=how)
+        for arm, student in students.items()
+        for suffix, how in adapt.items()
+        if not suffix or arm == OWN
+    }
 
 
 def lr_hr(
     students: Mapping[str, Student],
-    evaluation: Evaluation,
+    test: Evaluation,
     *,
-    teacher: FrozenTeacher | None = None,
     adapt: Mapping[str, Adapt],
+    teacher: FrozenTeacher | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch: int = BATCH,
 ) -> dict[str, Row]:
-    """The table of LR probes against faces enrolled at HR, by each student and by the teacher.
+    """The rows of LR probes against faces enrolled at HR, by each student and by the teacher.
 
-    The teacher's embeddings are left out where they have another size than the student's. Raises
-    ValueError for an evaluation without pairs or a gallery of HR faces.
+    teacher: read under `autocast`; its rows are left out where its embeddings have another size
+    than the student's. Raises ValueError for a test set without pairs or a gallery of HR faces.
     """
-    if evaluation.native:
-        raise ValueError(f"{evaluation.name}: its faces are small by nature, none is at HR")
-    if evaluation.pairs is None and evaluation.gallery is None:
-        raise ValueError(f"{evaluation.name}: LR-HR needs pairs, or probes and a gallery")
+    if test.native:
+        raise ValueError(f"{test.name}: its faces are small by nature, none is at HR")
+    if test.pairs is None and test.gallery is None:
+        raise ValueError(f"{test.name}: LR-HR needs pairs, or probes and a gallery")
     rows = {}
     data = next(iter(students.values())).data
     if teacher is not None:
         hr, lr = (_teacher(teacher, data, view) for view in (normalise, upsampled_input))
-        found = score(lr, evaluation, enrolled=hr, best=True)
-        rows["teacher"] = Row(found, *teacher_cost(teacher, data))
+        with autocast():
+            known = embed(hr, test.images, mirror=test.mirror)
+            found = score(lr, test, enrolled=known, best=True)
+        rows["teacher"] = Row(found, *results.teacher_cost(teacher, data))
     for arm, student in students.items():
+        own = enrolled_reader(student.recogniser, data)
         for suffix, how in adapt.items():
             if suffix and arm != OWN:
                 continue
-            enrolled = enrolled_reader(student.recogniser, data)
-            rows[arm + suffix] = student_row(
-                student, evaluation, enrolled=enrolled, best=True, adapt=how
-            )
+            row = partial(results.student_row, student, test, best=True, batch=batch, adapt=how)
+            rows[arm + suffix] = row(enrolled=own)
             if teacher is not None and teacher.dim == student.recogniser.dim:
-                rows[f"{arm}{suffix}, HR by teacher"] = student_row(
-                    student, evaluation, enrolled=hr, best=True, adapt=how
-                )
+                rows[f"{arm}{suffix}, HR by teacher"] = row(enrolled=known)
     return rows
 
 

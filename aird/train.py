@@ -18,14 +18,13 @@ from aird.config import ABOUT, RECIPES, Config, arms, members
 from aird.losses import L_iid, L_total, rid, warm_up
 from aird.model import RelationCritic
 from aird.pairs import offline
-from aird.scoring import adaptations, lr_hr, lr_lr, noted
-from shared import cli, optim, report, results, teacher
+from aird.scoring import tables
+from shared import cli, optim, teacher
 from shared.config import locate
 from shared.contrast import CollapseAlarm, Normaliser
 from shared.data.pipeline import Loader
-from shared.data.protocols import Evaluation
 from shared.data.samplers import PKSampler
-from shared.data.sets import evaluation, load
+from shared.data.sets import load
 from shared.evaluate.score import score
 from shared.models.recogniser import Recogniser, Student, load_trained, reader
 from shared.run import Run
@@ -53,15 +52,13 @@ def train(config: Config) -> Path:
     # ---- networks
     run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, batch_size)
     students = arms(config)
-    taught = [one for one in students.values() if one.alpha or one.beta]
-    taught_by = teacher.get(run, config.teacher, c, data, loader=loader,
-                            passes=sum(one.optim.epochs for one in taught))  # fmt: skip
+    to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
+    passes = sum(one.optim.epochs for one in to_train.values() if one.alpha or one.beta)
+    taught_by = teacher.get(run, config.teacher, c, data, loader=loader, passes=passes)
     pairs = None
-    if any(one.beta for one in taught):
+    if any(one.beta for one in to_train.values()):
         pairs = offline(run, taught_by, loader, config)
-    for arm, wanted in students.items():
-        if run.has_student(arm):
-            continue
+    for arm, wanted in to_train.items():
         torch.manual_seed(config.seed)  # every student starts from the same weights
         student = run.place(Recogniser(wanted.student, c.lr, data.classes))
         relation = run.place(RelationCritic(taught_by.dim, student.dim, wanted.d))
@@ -121,26 +118,7 @@ def train(config: Config) -> Path:
         if data.left_out():
             run.say(f"{len(data.left_out())} images could not be decoded and were left out")
         trained = {arm: run.place(load_student(run.folder, arm)) for arm in students}
-        adapt = adaptations(config.gamma, "online", "anchored")
-
-        def tell(name: str, rows: dict[str, results.Row], test: Evaluation) -> None:
-            told = noted(test, config.gamma, adapt)
-            results.write(run.folder, rows, told, reference="alone", name=name)
-            print(results.table(run.folder, name))
-
-        for name, test in data.tests():
-            with run.autocast():
-                tell(name, lr_lr(trained, test, teacher=taught_by, adapt=adapt), test)
-                if config.lr_hr and data.task == "faces" and not test.native:
-                    with_hr = lr_hr(trained, test, teacher=taught_by, adapt=adapt)
-                    tell(f"{name}-lr-hr", with_hr, test)
-        if c.name == "faces":
-            shifted = evaluation(c, "shifted", "", cache=cache, task=data.task, classes=0)
-            with run.autocast():
-                tell("results-shifted", lr_lr(trained, shifted, adapt=adapt), shifted)
-        run.note(seconds=run.seconds())
-        if config.report:
-            report.write(run.folder)
+        tables(run, config, data, trained, taught_by)
     return run.folder
 
 
@@ -159,6 +137,10 @@ def main() -> None:
     runs = members(config)
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
+    if config.teacher.checkpoint and len({one.teacher.head for one in runs}) > 1:
+        raise ValueError("--teacher.checkpoint is of one head, these runs have several: add --only")
+    if config.figure == "curve" and not RECIPES[config.recipe].vary:
+        raise ValueError(f"--figure curve: {config.recipe} is a single run")
     folders = [train(one) for one in runs]
     if config.figure and int(os.environ.get("RANK", 0)) == 0:
         figures.draw(config, folders)

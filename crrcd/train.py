@@ -141,6 +141,8 @@ def main() -> None:
     runs = members(cli.parse(NAME, RECIPES, ABOUT, members))
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
+    if runs[0].figure == "curve" and not RECIPES[runs[0].recipe].vary:
+        raise ValueError(f"--figure curve: {runs[0].recipe} is a single run")
     done = [finetune(config) if config.start else train(config) for config in runs]
     if runs[0].figure and int(os.environ.get("RANK", 0)) == 0:
         draw(runs[0], done)

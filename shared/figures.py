@@ -150,8 +150,9 @@ def curve(
 
 
 def recipe_curve(
-    paper: str, config: Run, wanted: Sequence[Run], runs: Sequence[Path], out: Path, *, arm: str
-) -> Path | None:
+    paper: str, config: Run, wanted: Sequence[Run], runs: Sequence[Path], out: Path, *,
+    arm: str, column: str = "verification",
+) -> Path | None:  # fmt: skip
     """`curve` of a recipe whose runs, `wanted`, differ in one field; None with fewer than two.
 
     Takes the finished `runs` and every earlier one in `config.runs` that was trained as one of
@@ -175,7 +176,7 @@ def recipe_curve(
               file=sys.stderr)  # fmt: skip
     if len(found) < 2:
         return None
-    return curve([found[k] for k in sorted(found)], field, out, arm=arm)
+    return curve([found[k] for k in sorted(found)], field, out, arm=arm, column=column)
 
 
 @mpl.rc_context(STYLE)
@@ -571,7 +572,8 @@ def main() -> None:
         one.add_argument("--out", type=Path, help="path without suffix; default: in the first run")
     args = parser.parse_args()
     if args.kind == "curve":
-        arm = args.arm or list(Table(args.runs[0]).record["rows"])[-1]  # the paper's own
+        first = Table(args.runs[0]).record
+        arm = args.arm or first.get("own") or list(first["rows"])[-1]  # the paper's
         out = args.out or args.runs[0] / "figures" / f"curve-{args.field}"
         print(curve(args.runs, args.field, out, arm=arm, column=args.column))
     else:

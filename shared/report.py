@@ -64,7 +64,7 @@ class Finished:
         self.faces = self.results["task"] == "faces"
         self.selection = self.config.get("selection", "development")  # split that picks the epoch
         self.reference: str | None = self.results["reference"]
-        self.own = list(self.rows)[-1]  # the paper's own is the last
+        self.own: str = self.results.get("own") or list(self.rows)[-1]  # the paper's
         rest = [n for n in dict.fromkeys([*self.rows, *self.metrics]) if n != self.reference]
         self.colour = {name: OTHERS[k % len(OTHERS)] for k, name in enumerate(rest)}
         self.colour |= {self.reference or "": REFERENCE} | {self.own: OWN}

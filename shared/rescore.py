@@ -22,11 +22,9 @@ from shared.run import choose_device
 
 @dataclass(frozen=True)
 class Opened:
-    """A finished run's students, and what they are to be scored on."""
+    """What a finished run's students are to be scored on, and where the table goes."""
 
     run: Path
-    config: Any  # the paper's Config
-    students: dict[str, Student]
     evaluation: Evaluation
     name: str  # of the table
     epoch: str
@@ -81,7 +79,7 @@ def opened(
     )  # fmt: skip
     check_alignment(some.alignment, wanted, config.data)
     name = f"eval-{wanted.name if on == 'bin' else on}{'-best' if best else ''}"
-    return Opened(run, config, students, wanted, name, "best" if best else "last")
+    return Opened(run, wanted, name, "best" if best else "last")
 
 
 def native(run: Path, data: Data, cache: str, students: dict[str, Student]) -> str:

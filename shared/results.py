@@ -43,23 +43,25 @@ def student_row(
     student: Student,
     evaluation: Evaluation,
     *,
-    enrolled: Network | None = None,
+    enrolled: Network | tuple[torch.Tensor, torch.Tensor] | None = None,
     best: bool = False,
+    batch: int = BATCH,
     adapt: Callable[[nn.Module], AbstractContextManager] = nullcontext,
 ) -> Row:
     """The student on LR images made from the evaluation's HR ones.
 
-    enrolled, best: see shared.evaluate.score.score. adapt: a context for the student's network
-    that is entered anew for each set of images.
+    enrolled, best, batch: see shared.evaluate.score.score. adapt: a context for the student's
+    network that is entered anew for each set of images.
     """
     data, recogniser = student.data, student.recogniser
     task = student.task if evaluation.fit is None else "faces"  # a fit starts from features
     found = score(
-        reader(recogniser, data, task), evaluation, enrolled=enrolled, best=best,
+        reader(recogniser, data, task), evaluation, enrolled=enrolled, best=best, batch=batch,
         adapt=lambda: adapt(recogniser),
     )  # fmt: skip
     if task == "objects":  # scored by logits; figures show features
-        found.extra["points"] = _features(reader(recogniser, data, "faces"), evaluation)
+        with adapt(recogniser):
+            found.extra["points"] = _features(reader(recogniser, data, "faces"), evaluation)
     return Row(found, *student_cost(student))
 
 
@@ -107,6 +109,7 @@ def write(
     reference: str,
     name: str = "results",
     epoch: str = "last",
+    own: str = "",
 ) -> None:
     """NAME.json (numbers with intervals, and paired differences to `reference`); for the results of
     a run (NAME begins with "results") also what lies behind them, see `arrays_of`: per-item
@@ -137,6 +140,7 @@ def write(
             "parameters": row.parameters,
             "macs": row.macs,
         }
+    shown = own if own in rows else list(rows)[-1]
     record = {
         "schema": SCHEMA,
         "evaluation": evaluation.name,
@@ -148,12 +152,13 @@ def write(
         "alignment": evaluation.alignment,
         "notes": dict(evaluation.notes),
         "reference": reference if reference in rows else None,
+        "own": shown,  # the paper's
         "rows": table,
     }
     if name.startswith("results"):
         for column in columns:
             arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
-        _figures(arrays, rows, evaluation)
+        _figures(arrays, rows, evaluation, shown)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_bytes(arrays_of(folder, name), buffer.getvalue())
@@ -234,7 +239,7 @@ def _features(network: Network, evaluation: Evaluation) -> np.ndarray:
 
 
 def _figures(
-    arrays: dict[str, np.ndarray], rows: Mapping[str, Row], evaluation: Evaluation
+    arrays: dict[str, np.ndarray], rows: Mapping[str, Row], evaluation: Evaluation, own: str
 ) -> None:
     """What the report draws: pair scores, points for t-SNE, example pairs."""
     chosen = _chosen(evaluation)
@@ -251,7 +256,7 @@ def _figures(
         return
     first, second, same = evaluation.pairs
     arrays["pairs/same"] = same.numpy()
-    last = list(rows.values())[-1].score.correct["verification"]  # the paper's student
+    last = rows[own].score.correct["verification"]
     kept = np.concatenate(
         [
             np.flatnonzero((last == right) & (same.numpy() == alike))[:EXAMPLES]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from shared import cli
-from shared.config import Run, digest, locate, to_dict
+from shared.config import digest, locate, to_dict
 from shared.evaluate.intervals import Interval, mean_interval, paired_seeds
 from shared.files import write_text
 from shared.results import arrays_of
@@ -31,10 +31,14 @@ Differences = Sequence[tuple[str, str]]  # (row, the row it is compared with)
 
 
 def run_seeds(
-    paper: str, config: Run, seeds: int, jobs: int, flags: list[str],
+    paper: str, config: Any, seeds: int, jobs: int, flags: list[str],
     tables: Sequence[str], differences: Differences,
 ) -> Path:  # fmt: skip
-    """Train seeds 0 .. seeds - 1, `jobs` at a time; returns the folder with summary.json."""
+    """Train seeds 0 .. seeds - 1, `jobs` at a time; returns the folder with summary.json.
+
+    config: a paper's. tables: of a run; only procedural faces have more than the first.
+    """
+    tables = tables if config.data.name == "faces" else tables[:1]
     key = digest(to_dict(replace(config, seed=0, threads=0)))
     folder = locate(config.runs) / paper / f"seeds-{config.recipe}-{key}"
     folder.mkdir(parents=True, exist_ok=True)

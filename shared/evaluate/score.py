@@ -130,7 +130,7 @@ def score(
     network: Network,
     evaluation: Evaluation,
     *,
-    enrolled: Network | None = None,
+    enrolled: Network | tuple[Tensor, Tensor] | None = None,
     best: bool = False,
     batch: int = BATCH,
     adapt: Callable[[], AbstractContextManager] = nullcontext,
@@ -143,9 +143,10 @@ def score(
     e(x) + e(flip x) where `evaluation.mirror` says so.
 
     enrolled: another network for the second image of each pair and for the gallery, such as one
-    that sees them at HR (LR-HR); None: the same. best: also the accuracy at the best threshold on
-    all pairs (optimistic, as some papers report it). batch, adapt: see `embed`; `adapt` is entered
-    anew for each set of images. Raises ValueError where two networks' embeddings differ in size.
+    that sees them at HR (LR-HR), or what `embed` gave of it; None: the same. best: also the
+    accuracy at the best threshold on all pairs (optimistic, as some papers report it). batch,
+    adapt: see `embed`; `adapt` is entered anew for each set of images. Raises ValueError where two
+    networks' embeddings differ in size.
     """
     images = evaluation.images
     how: dict[str, Any] = {"batch": batch, "adapt": adapt}
@@ -154,7 +155,8 @@ def score(
     if evaluation.fit is not None:
         features, _ = embed(network, evaluation.fit, **how)
         taught = evaluation.fit.labels.cpu()
-        probed = linear_probe(features, taught, out, labels, classes=int(taught.max()) + 1)
+        with torch.autocast(features.device.type, enabled=False):
+            probed = linear_probe(features, taught, out, labels, classes=int(taught.max()) + 1)
         return _classified(probed.test, out)
     if evaluation.task == "objects":
         return _classified(classification(out, labels), out)
@@ -162,7 +164,9 @@ def score(
     e = flip_sum(out, mirrored) if evaluation.mirror else out
     known_raw, known_e = raw, e  # of the enrolled images
     if enrolled is not None:
-        out, mirrored = embed(enrolled, images, mirror=evaluation.mirror, **how)
+        if callable(enrolled):
+            enrolled = embed(enrolled, images, mirror=evaluation.mirror, **how)
+        out, mirrored = enrolled
         known_raw = out + mirrored if evaluation.mirror else out
         known_e = flip_sum(out, mirrored) if evaluation.mirror else out
         if known_e.shape[1] != e.shape[1]:

@@ -125,16 +125,16 @@ def reader(recogniser: Recogniser, data: Data, task: Task) -> Callable[[Tensor],
     return read
 
 
-def enrolled_reader(recogniser: Recogniser, data: Data) -> Callable[[Tensor], Tensor]:
+def enrolled_reader(recogniser: Recogniser, data: Data) -> Callable[[Tensor], Tensor] | None:
     """As `reader`, for images that are enrolled at HR: resized to the network's own input size.
 
-    For a network of native size that is what `reader` makes of them, by the same kernel; one that
-    enlarges its input (Network.input "upsample") takes them as they are.
+    For a network of native size that is what `reader` makes of them, by the same kernel: None. One
+    that enlarges its input (Network.input "upsample") takes them as they are.
     """
+    if getattr(recogniser.backbone, "input", "native") == "native":
+        return None
     student = Student(recogniser.eval(), data, "faces")
     device = next(recogniser.parameters()).device
-    if getattr(recogniser.backbone, "input", "native") == "native":
-        return reader(recogniser, data, "faces")
     return lambda pixels: student(pixels.to(device))
 
 

@@ -131,12 +131,12 @@ def test_every_policy_and_mode_trains(tmp_path: Path, cache: Path, sampling, mod
 def test_eval_adds_face_bn_and_leaves_the_student_as_it_is(run: Path) -> None:
     text = evaluate(run, "shifted", face_bn="online")
     assert "aird + FaceBN" in text and "batches of 500" in text
-    kept = table(run, "eval-shifted")["rows"]
+    kept = table(run, "eval-shifted-face-bn-online-0.1-500")["rows"]
     ours = table(run, "results-shifted")["rows"]
     assert kept["aird + FaceBN"]["metrics"] == ours["aird + FaceBN"]["metrics"]
     still = evaluate(run, "shifted", face_bn="online", gamma=1.0)
     assert "gamma 1" in still
-    rows = table(run, "eval-shifted")["rows"]
+    rows = table(run, "eval-shifted-face-bn-online-1-500")["rows"]
     assert rows["aird + FaceBN"]["metrics"] == rows["aird"]["metrics"] == ours["aird"]["metrics"]
 
 
@@ -166,7 +166,11 @@ def test_the_student_is_used_as_the_readme_says(run: Path) -> None:
         (["--students", "aird", "aird"], "name each once"),
         (["--temperature", "0"], "--temperature 0.0 above 0"),
         (["--mode", "kd"], "mode"),
-        (["--n", "9000"], "n"),
+        (["--n", "9000"], "--n 9000 negatives cannot come from --pool 4096 images"),
+        (["--n", "480"], "480 negatives are asked for"),
+        (["--images-per-class", "0"], "--images-per-class must be 2 or more"),
+        (["--warm-epochs", "-5"], "--warm-epochs -5: must be 0 or more"),
+        (["--figure", "curve"], "--figure curve: embedded is a single run"),
     ],
 )
 def test_a_bad_flag_is_one_line(tmp_path: Path, cache: Path, flags: list[str], said: str) -> None:
@@ -185,6 +189,8 @@ def test_a_bad_flag_is_one_line(tmp_path: Path, cache: Path, flags: list[str], s
         (["--on", "shifted", "--face-bn", "often"], "invalid choice: 'often'"),
         (["--on", "shifted", "--face-bn", "--gamma", "-1"], "--gamma -1"),
         (["--on", "native", "--face-bn"], "--on native takes neither"),
+        (["--on", "shifted", "--gamma", "0.5"], "--gamma 0.5 is FaceBN's: add --face-bn"),
+        (["--on", "shifted", "--face-bn", "--batch", "1"], "--batch 1: must be 2 or more"),
         (["--on", "development", "--scenario", "hr-hr"], "invalid choice: 'hr-hr'"),
     ],
 )

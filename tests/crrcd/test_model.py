@@ -141,6 +141,3 @@ def test_a_queue_of_one_class_is_refused() -> None:
 def test_a_batch_larger_than_the_queue_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         FeatureQueue(3, 2).push(torch.zeros(4, 2), torch.arange(4), torch.arange(4))
-
-
-# -- normaliser and alarm ------------------------------------------------------------------------
