@@ -397,3 +397,36 @@ def test_bad_settings_are_refused() -> None:
         face_bn(nn.BatchNorm1d(3), math.nan).__enter__()
     with pytest.raises(ValueError, match="no mode 'batch'; there are: online, anchored"):
         face_bn(nn.BatchNorm1d(3), mode="batch").__enter__()
+
+
+def test_contexts_left_in_the_order_of_entry_leave_the_model_as_it_was() -> None:
+    bn = torch.nn.BatchNorm1d(3).eval()
+    x = torch.randn(8, 3) + 5
+    expected = bn(x)
+    first, second = face_bn(bn), face_bn(bn)
+    first.__enter__()
+    bn(x)
+    second.__enter__()
+    bn(x)
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch.equal(bn(x), expected) and not bn._forward_pre_hooks
+
+
+def test_a_batch_that_is_not_finite_leaves_the_statistics_before_it() -> None:
+    bn = torch.nn.BatchNorm1d(3).eval()
+    x = torch.randn(8, 3) + 5
+    bad = x.clone()
+    bad[0, 1] = torch.nan
+    with face_bn(bn):
+        bn(x)
+        after = bn(x)
+    with face_bn(bn):
+        bn(x)
+        mean = bn.running_mean.clone()  # type: ignore[union-attr]
+        bn(bad)
+        assert torch.equal(bn.running_mean[1], mean[1])  # type: ignore[index]
+        assert torch.isfinite(bn(x)).all()
+    with face_bn(bn):
+        bn(x)
+        assert torch.equal(bn(x), after)
