@@ -6,6 +6,7 @@ import struct
 import textwrap
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from shared.data.pipeline import Resident
 from tests.conftest import python
 
 COUNT, VIEWS, SIZE, WIDTH = 23, 3, 5, 7  # images, views, images a part, numbers a row
+EVERY_VIEW = range(VIEWS)
 PARTS = [(view, part) for view in range(VIEWS) for part in range(5)]
 
 IMAGES = Resident(
@@ -58,7 +60,7 @@ def rows(folder: Path, dtype: torch.dtype = torch.float32) -> Rows:
     return Rows(folder / "rows", VIEWS, COUNT, WIDTH, dtype, SIZE)
 
 
-def filled(folder: Path, views=range(VIEWS)) -> Work:
+def filled(folder: Path, views: Iterable[int] = EVERY_VIEW) -> Work:
     work = Work()
     fill(work, IMAGES, [rows(folder)], views, work.make, "rows")
     return work
