@@ -21,7 +21,7 @@ from aird.config import Config
 from aird.model import Mode, face_bn
 from shared import report, results
 from shared.config import Data, locate
-from shared.data.pipeline import Images, normalise, upsampled_input
+from shared.data.pipeline import Images, normalise, student_input, upsampled_input
 from shared.data.protocols import Evaluation
 from shared.data.sets import DataSet, evaluation
 from shared.degrade import low
@@ -159,6 +159,6 @@ def feature_means(student: Student, images: Images, adapt: Adapt, *, count: int)
     with adapt(student.recogniser.eval()):
         for _, pixels in images.batches(list(chosen.split(BATCH))):
             x = low(pixels.to(device), data.lr, mode=data.kernel, antialias=data.antialias)
-            *_, last = backbone(normalise(x, data))[1].values()
+            *_, last = backbone(student_input(x, data))[1].values()
             found.append(last.float().flatten(1).mean(1).cpu())
     return torch.cat(found).numpy()

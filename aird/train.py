@@ -46,11 +46,13 @@ def train(config: Config) -> Path:
         each = config.images_per_class
         sampler = PKSampler(data.train.labels, batch_size // each, each, seed=config.seed)
     loader = Loader(data.train, c, batch_size, seed=config.seed, device=run.device,
-                    rank=run.rank, world=run.world, sampler=sampler)  # fmt: skip
+                    rank=run.rank, world=run.world, sampler=sampler,
+                    whole=data.train_whole)  # fmt: skip
     run.note(licence=data.licence, selection=data.selection, **data.notes)
 
     # ---- networks
-    run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, batch_size)
+    probe = Recogniser(config.student, c.lr_input, data.classes)
+    run.choose_precision(probe, c.lr_input, batch_size)
     students = arms(config)
     to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
     passes = sum(one.optim.epochs for one in to_train.values() if one.alpha or one.beta)
@@ -60,14 +62,14 @@ def train(config: Config) -> Path:
         pairs = offline(run, taught_by, loader, config)
     for arm, wanted in to_train.items():
         torch.manual_seed(config.seed)  # every student starts from the same weights
-        student = run.place(Recogniser(wanted.student, c.lr, data.classes))
+        student = run.place(Recogniser(wanted.student, c.lr_input, data.classes))
         relation = run.place(RelationCritic(taught_by.dim, student.dim, wanted.d))
         normaliser = Normaliser(wanted.normaliser, m=len(data.train), tau=wanted.tau).to(run.device)
         alarm = CollapseAlarm(run.say)
         net = run.wrap(student)
 
         # ---- optimiser
-        optimiser = optim.sgd(wanted.optim, [student, relation])
+        optimiser = optim.make(wanted.optim, [student, relation])
         modules = {"student": student, "relation": relation, "z": normaliser}
         phase = run.phase(arm, modules, optimiser, loader, wanted.optim)
 
@@ -108,7 +110,7 @@ def train(config: Config) -> Path:
             optimiser.step()
             if phase.due(batch):
                 with run.autocast():
-                    found = score(reader(student, c, data.task), data.evaluations[data.selection])
+                    found = score(reader(student, c, data.task), data.selecting)
                 phase.keep_best(student, found.headline, found.metrics)
         phase.finish(student, task=data.task, classes=data.classes, alignment=data.alignment)
 

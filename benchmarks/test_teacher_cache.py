@@ -50,7 +50,7 @@ def epochs(folder: Path, precision: str = "auto") -> tuple[Callable[[], None], C
     loader = Loader(images, DATA, BATCH, seed=0, device=run.device)
     frozen = teacher.get(run, config.teacher, DATA, data, loader=loader, passes=1)
     student = run.place(Recogniser(STUDENT, DATA.lr, IDENTITIES))
-    optimiser = optim.sgd(config.optim, [student])
+    optimiser = optim.make(config.optim, [student])
 
     def live(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return frozen(batch.x_h())

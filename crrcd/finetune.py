@@ -43,12 +43,13 @@ def finetune(config: Config) -> Path:
     run.note(licence=data.licence, selection=data.selection, **data.notes)
 
     # ---- networks
-    run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
+    probe = Recogniser(config.student, c.lr_input, data.classes)
+    run.choose_precision(probe, c.lr_input, config.optim.batch)
     for arm in before:
         if run.has_student(arm):
             continue
         torch.manual_seed(config.seed)
-        student = run.place(Recogniser(config.student, c.lr, data.classes))
+        student = run.place(Recogniser(config.student, c.lr_input, data.classes))
         student.backbone.load_state_dict(before[arm].recogniser.backbone.state_dict())
         with run.autocast():
             e_s, _ = embed(reader(student, c, "faces"), data.train)
@@ -56,7 +57,7 @@ def finetune(config: Config) -> Path:
         net = run.wrap(student)
 
         # ---- optimiser
-        optimiser = optim.sgd(config.optim, [student])
+        optimiser = optim.make(config.optim, [student])
         phase = run.phase(arm, {"student": student}, optimiser, loader, config.optim)
 
         # ---- loop

@@ -40,18 +40,19 @@ def train(config: Config) -> Path:
     cache, known = locate(config.cache), config.teacher.identities
     data = run.in_turn(lambda: load(c, cache=cache, teacher_identities=known))
     loader = Loader(data.train, c, config.optim.batch, seed=config.seed, device=run.device,
-                    rank=run.rank, world=run.world)  # fmt: skip
+                    rank=run.rank, world=run.world, whole=data.train_whole)  # fmt: skip
     run.note(licence=data.licence, selection=data.selection, **data.notes)
 
     # ---- networks
-    run.choose_precision(Recogniser(config.student, c.lr, data.classes), c.lr, config.optim.batch)
+    probe = Recogniser(config.student, c.lr_input, data.classes)
+    run.choose_precision(probe, c.lr_input, config.optim.batch)
     students = arms(config)  # the baselines, then the paper's
     to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
     passes = sum(one.optim.epochs for one in to_train.values() if one.alpha or one.beta)
     taught_by = teacher.get(run, config.teacher, c, data, loader=loader, passes=passes)
     for arm, wanted in to_train.items():
         torch.manual_seed(config.seed)  # every student starts from the same weights
-        student = run.place(Recogniser(wanted.student, c.lr, data.classes))
+        student = run.place(Recogniser(wanted.student, c.lr_input, data.classes))
         relation = run.place(RelationCritic(taught_by.dim, student.dim, wanted.d))
         queue = FeatureQueue(wanted.queue, taught_by.dim).to(run.device)
         normaliser = Normaliser(wanted.normaliser, m=len(data.train), tau=wanted.tau).to(run.device)
@@ -59,7 +60,7 @@ def train(config: Config) -> Path:
         net = run.wrap(student)
 
         # ---- optimiser
-        optimiser = optim.sgd(wanted.optim, [student, relation])
+        optimiser = optim.make(wanted.optim, [student, relation])
         modules = {"student": student, "relation": relation, "queue": queue, "z": normaliser}
         phase = run.phase(arm, modules, optimiser, loader, wanted.optim)
         if wanted.beta and phase.step == 0:
@@ -103,7 +104,7 @@ def train(config: Config) -> Path:
             optimiser.step()
             if phase.due(batch):
                 with run.autocast():
-                    found = score(reader(student, c, data.task), data.evaluations[data.selection])
+                    found = score(reader(student, c, data.task), data.selecting)
                 phase.keep_best(student, found.headline, found.metrics)
         phase.finish(student, task=data.task, classes=data.classes, alignment=data.alignment)
 

@@ -23,11 +23,13 @@ class Data:
     """The data set, its two resolutions and its training views."""
 
     name: Literal[
-        "faces", "digits", "folder", "cifar10", "cifar100", "svhn", "stl10", "tinyimagenet",
+        "faces", "objects", "objects-retrieval",
+        "digits", "folder", "cifar10", "cifar100", "svhn", "stl10", "tinyimagenet",
         "recordio", "casia", "vggface2", "umdfaces", "tinyface", "survface",
         "cub", "cars196", "sop",
     ] = "faces"  # fmt: skip
-    """faces: procedural, no download. digits: scikit-learn's. Others: see docs/data.md."""
+    """faces, objects (told apart), objects-retrieval (held-out classes): procedural, no download.
+    digits: scikit-learn's. Others: see docs/data.md."""
     root: str = ""
     """Folder of the data (docs/data.md); empty: a download (cifar10, cifar100, svhn, stl10)."""
     hr: int = 64
@@ -38,6 +40,9 @@ class Data:
     """Down-sampling kernel, HR to LR."""
     antialias: bool = True
     """Widen the kernel by the scale; in PyTorch it also changes bicubic's coefficient."""
+    quality: Literal["small", "enlarged", "unlocalised"] = "small"
+    """What the student sees. small: the LR image. enlarged: the LR image brought back to hr px
+    (bicubic). unlocalised: the LR image of the whole picture, where the teacher sees the box."""
     degradation: Literal["plain", "realistic"] = "plain"
     """Of training views. realistic: blur, then the kernel, noise and JPEG, of strengths drawn anew
     for each image and epoch."""
@@ -47,8 +52,12 @@ class Data:
     """Largest shift of a training view in HR px; HR and LR alike."""
     shift_step: int = 4
     """Distance between two shifts in HR px: views are a finite set, flips x shifts."""
-    pad: Literal["edge", "zero"] = "edge"
-    """What a shift brings in at the border."""
+    pad: Literal["edge", "zero", "image"] = "edge"
+    """What a shift brings in at the border. image: the picture itself, which is brought to hr + 2
+    shift px a side, so that a view is a crop of hr px, and an evaluation sees the centre one."""
+    crop: Literal["shift", "resized"] = "shift"
+    """resized: a training view is a random part of the picture (8 to 100 % of its area, sides 3:4
+    to 4:3) brought to hr px, drawn anew for each image and epoch."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per RGB channel, of values in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -77,30 +86,46 @@ class Data:
     seed: int = 0
     """Seed of the data themselves (faces: which people; digits: which split)."""
     identities: int = 200
-    """faces: identities the student is trained on."""
+    """faces, objects: identities or classes the student is trained on."""
     instances: int = 12
-    """faces: training images of each identity."""
+    """faces, objects: training images of each."""
     development: int = 300
     """Identities (cub, ...: classes) for choosing hyper-parameters and the best epoch; disjoint
     from the training and the test ones. 0: the test set chooses."""
     test: int = 1000
-    """faces: test identities, disjoint from all others."""
+    """faces, objects-retrieval: test identities or classes, disjoint from all others."""
     coarse: float = 0.6
-    """faces: how far people differ in what survives at LR (head, hair, skin)."""
+    """faces, objects: how far they differ in what survives at LR (head, hair, skin; shape)."""
     fine: float = 1.4
-    """faces: how far people differ in what only HR shows (brows, irises, moles)."""
+    """faces, objects: how far they differ in what only HR shows (brows, moles; texture, marks)."""
 
     def __post_init__(self) -> None:
         _at_least(1, "data", self, "hr", "lr", "shift_step", "identities", "instances")
         _at_least(0, "data", self, "shift", "classes", "workers", "resident_gib", "margin")
+        if self.pad == "image" and self.crop == "resized":
+            raise ValueError("--data.pad image and --data.crop resized: take one of the two")
         if min(self.std) <= 0:
             raise ValueError(f"--data.std {self.std}: every deviation must be above 0")
+
+    @property
+    def kept(self) -> int:
+        """Side in px at which pictures are kept: hr, and room for the crops."""
+        if self.crop == "resized":
+            return self.hr * 8 // 7  # 256 for 224
+        return self.hr + (2 * self.shift if self.pad == "image" else 0)
+
+    @property
+    def lr_input(self) -> int:
+        """Side of the student's input in px."""
+        return self.hr if self.quality == "enlarged" else self.lr
 
 
 @dataclass(frozen=True)
 class Optim:
-    """SGD and its schedule (shared/optim.py)."""
+    """The optimiser and its schedule (shared/optim.py)."""
 
+    method: Literal["sgd", "adam"] = "sgd"
+    """adam: with its usual betas; the decay is added to the gradient, as in the papers."""
     lr: float = 0.1
     """Peak learning rate, for this batch size."""
     momentum: float = 0.9
@@ -137,14 +162,19 @@ class Network:
     """A name of shared.models.create."""
     input: Literal["native", "upsample"] = "native"
     """iresnet and adaface networks: built for the images' size, or images enlarged to 112 px."""
-    head: Literal["softmax", "arcface", "cosface", "curricularface", "magface", "adaface"] = (
-        "cosface"
-    )
-    """softmax: the backbone's own classifier and cross-entropy."""
+    weights: str = ""
+    """What the trunk starts from: imagenet (torchvision's, downloaded once) or a file of weights;
+    empty: random numbers."""
+    head: Literal[
+        "softmax", "arcface", "cosface", "curricularface", "magface", "adaface", "none"
+    ] = "cosface"  # fmt: skip
+    """softmax: the backbone's own classifier and cross-entropy. none: no classes, the unit
+    embedding is learnt from triplets (metric learning)."""
     scale: float = 16.0
     """s of the margin heads."""
     margin: float = 0.2
-    """m of the margin heads (cosface: of the cosine; others: radians; magface: the smallest)."""
+    """m of the margin heads (cosface: of the cosine; others: radians; magface: the smallest); none:
+    of the triplet loss."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +187,10 @@ class Teacher(Network):
     colours: Literal["auto", "rgb", "bgr"] = "auto"
     """What images its weights are for; auto: bgr for AdaFace's files, else rgb."""
     identities: int = 400
-    """faces: identities the teacher is trained on; the student's are the first of them."""
+    """faces, objects: identities or classes the teacher is trained on; the student's are the first
+    of them."""
+    images_per_class: int = 4
+    """K of the P x K batches that a teacher without classes (head none) is trained on."""
     outputs: Literal["auto", "always", "never"] = "auto"
     """Keep its outputs for every training view in the cache, instead of asking it at each step.
     auto: where the views are no more than the passes over the data that it saves, or are there."""

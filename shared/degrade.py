@@ -8,7 +8,7 @@ add shifted images instead of calling a convolution, whose order of additions de
 Blurs and JPEG carry no gradient.
 
 "Unlocalised" is no function of pixels: it is the whole image against its box, which
-`shared.data.align.crop_box` cuts out of the native image.
+`shared.data.items.Boxed` cuts out of the native image.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
-GAUSSIAN, POISSON, STRENGTHS = range(3)  # what draws from a key draws from a stream of its own
+# What draws from a key draws from a stream of its own.
+GAUSSIAN, POISSON, STRENGTHS, CROPS = range(4)
 
 
 def keys(seed: int, image: Tensor, epoch: int) -> Tensor:

@@ -180,6 +180,41 @@ def recipe_curve(
 
 
 @mpl.rc_context(STYLE)
+def bars(
+    run: Path, rows: Sequence[str], out: Path, *, column: str, name: str = "results"
+) -> Path:
+    """HORKD's Fig. 4: rows of one table below each other, with 95 % intervals, percent.
+
+    The table's reference row is a grey line with its interval. Returns OUT.png; beside it OUT.svg
+    and OUT.json. ValueError: no finished table, no such row or column.
+    """
+    table = Table(run, name)
+    count = _some(rows)
+    if column not in table.record["columns"]:
+        raise ValueError(f"{table.path}: no column {column!r}")
+    cells = {row: table.cell(row, column) for row in rows}
+    figure = Figure(figsize=(3.5, 0.8 + 0.17 * count), layout="constrained")
+    axes = figure.subplots()
+    base = table.record["reference"]
+    if base is not None and base not in rows:
+        own = table.cell(base, column)
+        axes.axvspan(own["low"], own["high"], color=REFERENCE, alpha=0.25, lw=0)
+        axes.axvline(own["value"], color=REFERENCE, lw=1, ls="--", label=base)
+    value, low, high = (np.array([c[k] for c in cells.values()]) for k in ("value", "low", "high"))
+    y = np.arange(count)
+    axes.hlines(y, low, high, color=OWN, lw=1.3)
+    axes.plot(value, y, "o", ms=4, color=OWN)
+    axes.set_yticks(y, list(rows))
+    axes.set(ylim=(count - 0.5, -0.5), xlabel=f"{table.record['columns'][column]} (%)")
+    _caption(figure, f"{table.record['evaluation']}; 95 % intervals over {table.record['unit']}")
+    legend(figure)
+    return _save(figure, out, {
+        "figure": "bars", **table.source(), "column": column, "unit": "percent",
+        "reference": base, "rows": cells,
+    })  # fmt: skip
+
+
+@mpl.rc_context(STYLE)
 def similarity(run: Path, rows: Sequence[str], out: Path, *, name: str = "results") -> Path:
     """CRRCD's Fig. 5, AIRD's Fig. 3: cosines of positive and of negative pairs, a panel a row.
 
@@ -506,6 +541,11 @@ class Table:
         if row is not None and row not in rows:
             path = self.run / f"{self.name}.json"
             raise ValueError(f"{path}: no row {row!r} (there are: {'; '.join(rows)})")
+
+
+def headline(run: Path, name: str = "results") -> str:
+    """The column that a finished table is judged by."""
+    return str(read_record(Path(run) / f"{name}.json")["headline"])
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from shared.config import Optim
 
 
-def sgd(optim: Optim, modules: Iterable[nn.Module]) -> torch.optim.SGD:
-    """SGD over the trainable parameters of `modules`; decay on all of them, as in the papers."""
+def make(optim: Optim, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+    """SGD or Adam over the trainable parameters of `modules`; decay on all of them, as in the
+    papers: added to the gradient (not decoupled). Adam: Kingma and Ba 2015, betas .9 and .999."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    if optim.method == "adam":
+        return torch.optim.Adam(
+            parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True
+        )
     return torch.optim.SGD(
         parameters,
         lr=optim.lr,

@@ -125,11 +125,11 @@ class Phase:
             state = {k: v.detach().clone() for k, v in model.state_dict().items()}
             self.best = {"score": metrics[headline], "epoch": epoch, "state": state}
 
-    def finish(self, student: Recogniser, **metadata: object) -> None:
+    def finish(self, student: Recogniser, *, own: bool | None = None, **metadata: object) -> None:
         """Write the student of the last epoch and of the best one: students/<phase>.safetensors.
 
-        The paper's own also become student.safetensors and best.ckpt of the run folder. A finished
-        student is not trained again by --resume.
+        The paper's own also become student.safetensors and best.ckpt of the run folder; own: None,
+        the one called like the paper. A finished student is not trained again by --resume.
         """
         self.save()
         if self.run.rank == 0:
@@ -137,7 +137,7 @@ class Phase:
             folder.mkdir(exist_ok=True)
             facts = {k: str(v) for k, v in metadata.items()}
             last = {k: v.detach().clone() for k, v in student.state_dict().items()}
-            own = self.name == self.run.paper
+            own = self.name == self.run.paper if own is None else own
             if self.best["state"]:
                 facts_best = facts | {"epoch": str(self.best["epoch"])}
                 student.load_state_dict(self.best["state"])

@@ -48,12 +48,13 @@ def student_row(
     batch: int = BATCH,
     adapt: Callable[[nn.Module], AbstractContextManager] = nullcontext,
 ) -> Row:
-    """The student on LR images made from the evaluation's HR ones.
+    """The student on LR images made from the evaluation's HR ones (Evaluation.as_student).
 
     enrolled, best, batch: see shared.evaluate.score.score. adapt: a context for the student's
     network that is entered anew for each set of images.
     """
     data, recogniser = student.data, student.recogniser
+    evaluation = evaluation.as_student()
     task = student.task if evaluation.fit is None else "faces"  # a fit starts from features
     found = score(
         reader(recogniser, data, task), evaluation, enrolled=enrolled, best=best, batch=batch,
@@ -68,29 +69,32 @@ def student_row(
 def student_cost(student: Student) -> tuple[int, int]:
     """(parameters, multiply-accumulates of one image)."""
     backbone = student.recogniser.backbone
-    return count_parameters(backbone), macs(backbone, student.data.lr)
+    return count_parameters(backbone), macs(backbone, student.data.lr_input)
 
 
 def teacher_rows(
     teacher: FrozenTeacher, evaluation: Evaluation, data: Data, *, best: bool = False
 ) -> dict[str, Row]:
-    """The teacher on HR images, and on LR images up-sampled to its size (natively small ones: only
-    that)."""
+    """The teacher on HR images, and on the student's LR images up-sampled to its size (natively
+    small ones: only that)."""
     cost = teacher_cost(teacher, data)
     device = next(teacher.parameters()).device
     rows = {}
     task = evaluation.task if evaluation.fit is None else "faces"  # a fit starts from features
-    views = {"teacher, HR": normalise, "teacher, LR": upsampled_input}
+    views = {
+        "teacher, HR": (normalise, evaluation),
+        "teacher, LR": (upsampled_input, evaluation.as_student()),
+    }
     if evaluation.native:
         del views["teacher, HR"]
-    for name, view in views.items():
+    for name, (view, shown) in views.items():
 
         def network(pixels: torch.Tensor, view: Any = view, task: Task = task) -> torch.Tensor:
             return teacher.output(view(pixels.to(device), data), task)
 
-        found = score(network, evaluation, best=best)
+        found = score(network, shown, best=best)
         if task == "objects":
-            found.extra["points"] = _features(partial(network, task="faces"), evaluation)
+            found.extra["points"] = _features(partial(network, task="faces"), shown)
         rows[name] = Row(found, *cost)
     return rows
 

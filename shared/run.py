@@ -171,6 +171,14 @@ class Run:
         dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
+    def gather_with_gradient(self, local: Tensor) -> Tensor:
+        """`gather` whose result passes gradient to this rank's rows, times the number of ranks.
+
+        For a loss over the global batch that every rank computes alike: the mean of gradients over
+        ranks (`wrap`, `mean_gradients`) is then that of one rank with the whole batch.
+        """
+        return local if self.world == 1 else _Gather.apply(local, self)
+
     def own(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor whose rows are the global batch."""
         size = len(whole) // self.world
@@ -272,6 +280,19 @@ class Run:
             record = {**self._first, "precision": self.precision, **self._facts}
             record["resumed"] = went_on
         write_text(self.folder / "config.json", json.dumps(record, indent=1))
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows; backward keeps this rank's, and communicates nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, run: Run) -> Tensor:
+        ctx.run = run
+        return run.gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.run.own(grad) * ctx.run.world, None
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,20 +15,23 @@ from tqdm import tqdm
 
 from shared import optim
 from shared.config import SCHEMA, Data, Teacher, digest, locate
-from shared.data import procedural
+from shared.data import objects, procedural
 from shared.data.kept import locked
-from shared.data.pipeline import Batch, Loader
+from shared.data.pipeline import Batch, Loader, Part
 from shared.data.protocols import Task
+from shared.data.samplers import PKSampler
 from shared.data.sets import DataSet
 from shared.data.teacher_cache import TeacherCache
+from shared.losses import triplet
 from shared.models import checkpoints
-from shared.models.recogniser import Recogniser, class_means, restore, save
+from shared.models.recogniser import Recogniser, class_means, load_weights, restore, save
 from shared.run import Run
 
 # Fields of Data, and of Teacher, that no teacher depends on.
 _STUDENT_ONLY = (
-    "lr", "kernel", "antialias", "degradation", "development", "test", "on_error", "resident_gib",
-    "workers", "identities", "classes", "root", "counts", "test_sets", "landmarks", "any_alignment",
+    "lr", "kernel", "antialias", "quality", "degradation", "development", "test", "on_error",
+    "resident_gib", "workers", "identities", "classes", "root", "counts", "test_sets", "landmarks",
+    "any_alignment",
 )  # fmt: skip
 _OF_OUTPUTS = ("outputs", "outputs_gib")
 
@@ -36,12 +39,14 @@ _OF_OUTPUTS = ("outputs", "outputs_gib")
 class FrozenTeacher(nn.Module):
     """x_h [B, 3, hr, hr] -> (e_t [B, D], z_t [B, classes]): no gradient, batch norm frozen.
 
-    The teacher may know more identities than the student is taught; z_t holds the student's.
+    The teacher may know more identities than the student is taught; z_t holds the student's. A
+    teacher without classes (head "none") has classes 0: z_t is [B, 0].
     """
 
     def __init__(self, recogniser: Recogniser, classes: int) -> None:
         super().__init__()
-        self.recogniser, self.classes = recogniser.eval().requires_grad_(False), classes
+        self.recogniser = recogniser.eval().requires_grad_(False)
+        self.classes = classes if recogniser.classified else 0
         self.cache: TeacherCache | None = None
 
     @property
@@ -67,6 +72,15 @@ class FrozenTeacher(nn.Module):
         if self.cache is not None and self.cache.ready:
             return self.cache.rows(batch)
         return self(batch.x_h())
+
+    @torch.no_grad()
+    def maps(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(e_t [B, D] float32, feature maps by name [B, C, h, w]) of a batch's HR views.
+
+        Always by a forward pass: maps are too large to keep. To be called under the run's autocast.
+        """
+        e_t, maps = self.recogniser(batch.x_h(), maps=True)
+        return e_t.float(), maps
 
     def embeddings(self) -> np.ndarray:
         """e_t of all training images without augmentation, [N, D] float32 by number, read-only.
@@ -102,25 +116,55 @@ def get(
     first. Raises ValueError for a checkpoint that does not fit, and for outputs that are to be kept
     always and take more than Teacher.outputs_gib.
     """
-    frozen = FrozenTeacher(_recogniser(run, teacher, data, dataset), dataset.classes)
+    if teacher.head == "none" and dataset.task == "objects":
+        raise ValueError(
+            f"--teacher.head none: {data.name} is scored by classes, which such a teacher has not"
+        )
+    recogniser = _recogniser(run, teacher, data, dataset)
+    return of(run, recogniser, teacher, dataset, loader=loader, passes=passes)
+
+
+def of(
+    run: Run,
+    recogniser: Recogniser,
+    made_by: Teacher,
+    dataset: DataSet,
+    *,
+    loader: Loader | None = None,
+    passes: int = 0,
+) -> FrozenTeacher:
+    """Any trained network as a teacher, frozen in place, with kept outputs of its own.
+
+    made_by: its name, input, head and scale, and how its outputs are kept. loader, passes: see
+    `get`.
+    """
+    frozen = FrozenTeacher(recogniser, dataset.classes)
     if loader is not None:
-        frozen.cache = TeacherCache(run, teacher, frozen, loader, dataset.fingerprint)
+        frozen.cache = TeacherCache(run, made_by, frozen, loader, dataset.fingerprint)
         frozen.cache.keep(passes)
     return frozen
 
 
 def _recogniser(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Recogniser:
+    if teacher.checkpoint and teacher.weights:
+        raise ValueError(
+            "--teacher.checkpoint and --teacher.weights: the first is a finished teacher, the "
+            "second is where one starts; take one of the two"
+        )
     torch.manual_seed(run.config.seed)
     recogniser = Recogniser(teacher, data.hr, dataset.teacher_classes)
     run.place(recogniser)
     if teacher.checkpoint:
         _load_own(run, recogniser, teacher, data, dataset)
         return recogniser
-    folder = _folder(run, teacher, data, dataset)
+    folder = _folder(run, teacher, data, dataset, _hash_of(teacher.weights))
     path = folder / "teacher.safetensors"
     with locked(folder, run.say) if run.rank == 0 else contextlib.nullcontext():
         trained = run.broadcast(path.is_file())
         if not trained:
+            if teacher.weights:
+                line = run.in_turn(lambda: load_weights(recogniser, teacher))
+                run.say(f"teacher: {teacher.name} {line}")
             _train(run, recogniser, teacher, data, dataset, folder)
             if run.rank == 0:
                 save(recogniser, path, teacher=teacher.name, seed=str(run.config.seed))
@@ -133,13 +177,24 @@ def _recogniser(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Rec
 def _train(
     run: Run, recogniser: Recogniser, teacher: Teacher, data: Data, dataset: DataSet, folder: Path
 ) -> None:
-    """Cross-entropy on the head's logits, and nothing else."""
-    c = teacher.optim
+    """Cross-entropy on the head's logits, or batch-hard triplets of unit embeddings without a head;
+    and nothing else."""
+    c, seed, sampler = teacher.optim, run.config.seed, None
+    if not recogniser.classified:
+        k = teacher.images_per_class
+        if k < 2 or c.batch % k:
+            raise ValueError(
+                f"--teacher.images-per-class {k}: must be 2 or more and divide --teacher.optim."
+                f"batch {c.batch}"
+            )
+        sampler = PKSampler(dataset.teacher_train.labels, c.batch // k, k, seed=seed)
+        if sampler.note:
+            run.say(f"teacher: {sampler.note}")
     loader = Loader(
-        dataset.teacher_train, data, c.batch, seed=run.config.seed, device=run.device,
-        rank=run.rank, world=run.world,
+        dataset.teacher_train, data, c.batch, seed=seed, device=run.device, rank=run.rank,
+        world=run.world, sampler=sampler,
     )  # fmt: skip
-    optimiser = optim.sgd(c, [recogniser])
+    optimiser = optim.make(c, [recogniser])
     net = run.wrap(recogniser)
     modules = {"teacher": recogniser}
     recogniser.train()
@@ -147,9 +202,13 @@ def _train(
     for batch in phase:
         with run.autocast():
             e_t = net(batch.x_h())
-        cls = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y)
+        if recogniser.classified:
+            task = F.cross_entropy(recogniser.logits(e_t, batch.y), batch.y)
+        else:  # triplets of the global batch
+            unit = run.gather_with_gradient(F.normalize(e_t.float(), dim=1))
+            task = triplet(unit, run.gather(batch.y), teacher.margin)
         penalty = recogniser.penalty
-        loss = cls + penalty
+        loss = task + penalty
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = optim.clip(optimiser, c.clip)
@@ -177,7 +236,7 @@ def _load_own(
     if layout.kept:
         raise ValueError(
             f"--teacher.checkpoint {path}: {layout}; a trunk whose embedding is random cannot "
-            "teach. Train it first"
+            "teach. Train it first: --teacher.weights instead starts from it"
         )
     run.say(f"teacher: backbone from {path} ({layout})")
     if recogniser.head is not None:
@@ -188,9 +247,7 @@ def _fit_head(
     run: Run, recogniser: Recogniser, teacher: Teacher, data: Data, dataset: DataSet, path: Path
 ) -> None:
     """Class means by one pass over the training images, kept in the cache."""
-    with open(path, "rb") as file:
-        made_of = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = _folder(run, teacher, data, dataset, made_of)
+    folder = _folder(run, teacher, data, dataset, _hash_of(path))
     fitted = folder / "teacher.safetensors"
     with locked(folder, run.say) if run.rank == 0 else contextlib.nullcontext():
         found = run.broadcast(fitted.is_file())
@@ -207,15 +264,31 @@ def _fit_head(
     run.say(f"teacher: head fitted to the class means of its embeddings, kept in {folder}")
 
 
+def _hash_of(weights: str | Path) -> str:
+    """sha256 of a file of weights; "" for what is none (which is then refused, or downloaded)."""
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _folder(
     run: Run, teacher: Teacher, data: Data, dataset: DataSet, made_of: str = ""
 ) -> Path:
     seen = {k: v for k, v in dataclasses.asdict(data).items() if k not in _STUDENT_ONLY}
+    seen["box"] = data.quality == "unlocalised"  # what the teacher sees of a picture
     c = run.config
     own = {k: v for k, v in dataclasses.asdict(teacher).items() if k not in _OF_OUTPUTS}
+    if made_of:  # wherever the file lies
+        del own["weights"], own["checkpoint"]
     made_by = [SCHEMA, seen, own, dataset.teacher_classes, len(dataset.teacher_train)]
     if data.name == "faces":
         made_by.append(procedural.VERSION)
+    if data.name in ("objects", "objects-retrieval"):
+        made_by.append(objects.VERSION)
+    if isinstance(dataset.teacher_train, Part):
+        made_by.append(dataset.teacher_train.numbers.tolist())
     made_by += [made_of, dataset.fingerprint, c.seed, run.precision, run.device.type, run.world]
     key = digest(*made_by, torch.get_num_threads())
     folder = locate(c.cache) / "teachers" / f"{teacher.name}-{key}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aird.config
+import horkd.config
 from crrcd.config import RECIPES, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +70,21 @@ def tiny_aird(tmp: Path, kept: Path, **changes: object) -> aird.config.Config:
         teacher=replace(smoke.teacher, identities=8, optim=optim),
         optim=replace(smoke.optim, epochs=4, batch=16),
         n=16, precision="fp32", threads=1, log_every=1, evaluate_every=2,
+        runs=str(tmp / "runs"), cache=str(kept), report=False,
+    )  # fmt: skip
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def tiny_horkd(tmp: Path, kept: Path, **changes: object) -> horkd.config.Config:
+    """As `tiny`, of HORKD, with all its networks."""
+    smoke = horkd.config.RECIPES["smoke"]
+    optim = replace(smoke.teacher.optim, epochs=1, batch=16)
+    config = replace(
+        smoke,
+        data=replace(smoke.data, identities=8, instances=8, development=24, test=24),
+        teacher=replace(smoke.teacher, identities=8, optim=optim),
+        optim=replace(smoke.optim, epochs=2, batch=16),
+        precision="fp32", threads=1, log_every=1, evaluate_every=2,
         runs=str(tmp / "runs"), cache=str(kept), report=False,
     )  # fmt: skip
     return replace(config, **changes)  # type: ignore[arg-type]

@@ -36,6 +36,10 @@ TARGETS = {
     "shared.kernels.reductions": [f"{KERNELS}/test_angle_loss.py", f"{KERNELS}/test_distances.py"],
     "aird.losses": ["tests/aird/test_losses.py"],
     "crrcd.losses": ["tests/crrcd/test_losses.py"],
+    "horkd.losses": ["tests/horkd/test_losses.py"],
+    "embedkd.losses": ["tests/embedkd/test_losses.py"],
+    "baselines.losses": ["tests/baselines/test_losses.py"],
+    "shared.losses": ["tests/shared/test_losses.py"],
 }
 # (module, line without its indentation, change): why no test can notice, or need not
 MASKED = "a stand-in for 0 where the result is masked: any value other than 0 will do"
@@ -85,6 +89,46 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)",
         "USub -> UAdd",
     ): "the last of two dimensions is dimension 1",
+    (
+        "horkd.losses",
+        "CHUNK = 1 << 14  # rows that class_centers holds in float64 at a time",
+        "1 -> 2",
+    ): "any number of rows will do",
+    (
+        "horkd.losses",
+        "CHUNK = 1 << 14  # rows that class_centers holds in float64 at a time",
+        "14 -> 15",
+    ): "any number of rows will do",
+    (
+        "horkd.losses",
+        "for part, labels in zip(f.detach().split(CHUNK), y.split(CHUNK), strict=True):",
+        "True -> False",
+    ): "features and labels of other lengths are refused before",
+    (
+        "embedkd.losses",
+        "return (d_s - d_t).abs().sum() / max(1, len(d_s) * (len(d_s) - 1))",
+        "1 -> 2",
+    ): "both orders of a pair are counted: there are none, or two and more",
+    (
+        "baselines.losses",
+        "total = 0 * (d_s.sum() + at_least_float32(e_t.detach()).sum())",
+        "Add -> Sub",
+    ): "0 either way, NaN either way",
+    (
+        "baselines.losses",
+        "return k / k.sum(1, keepdim=True)",
+        "True -> False",
+    ): "k is symmetric: the transpose, and the mean is over all entries",
+    (
+        "shared.losses",
+        "if a.shape[1:] != b.shape[1:]:  # the gradient of pooling is not deterministic on CUDA",
+        "1 -> 2",
+    ): "pooling to the size that a map has changes nothing",
+    (
+        "shared.losses",
+        "return (F.relu(positive - negative + margin) * counts).sum() / counts.sum().clamp(min=1)",
+        "1 -> 2",
+    ): "a class with a positive has two anchors: there are none, or two and more",
 }
 
 OPERATORS = {

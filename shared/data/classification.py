@@ -17,7 +17,7 @@ import torch
 from shared.config import Data, digest
 from shared.data.align import placed
 from shared.data.items import SUFFIXES, Files, check_counts, fit
-from shared.data.pipeline import Images, Resident, prepared
+from shared.data.pipeline import Images, Resident, centre, prepared
 from shared.data.retrieval import check_files, home_of, rows
 
 LICENCES = {
@@ -72,10 +72,11 @@ def _torchvision(data: Data, cache: Path) -> Parts:
         try:
             if data.name == "svhn":
                 part = datasets.SVHN(str(root), "train" if train else "test", download=download)
-                return _resident(part.data, part.labels, data)
+                return _resident(part.data, part.labels, data, held_out=not train)
             reader = datasets.CIFAR100 if data.name == "cifar100" else datasets.CIFAR10
             part = reader(str(root), train=train, download=download)
-            return _resident(part.data.transpose(0, 3, 1, 2), part.targets, data)
+            pixels = part.data.transpose(0, 3, 1, 2)
+            return _resident(pixels, part.targets, data, held_out=not train)
         except (RuntimeError, OSError, KeyError, EOFError, ValueError, pickle.PickleError) as error:
             reason = str(error).split("\n")[0]
             if isinstance(error, ValueError) and "--" in reason:
@@ -121,7 +122,7 @@ def _stl10(data: Data, cache: Path) -> Parts:
                 f"stl10 in {root}: the download failed; fetch it elsewhere and name its folder "
                 f"with --data.root ({reason})"
             ) from None
-    train, test = (_stl10_part(pixels, labels, data) for pixels, labels in parts)
+    train, test = (_stl10_part(*files, data, held_out=k > 0) for k, files in enumerate(parts))
     found = {"training images": len(train), "test images": len(test)}
     check_counts("stl10", home, found, STL10, data.counts)
     where = str(home.resolve())
@@ -129,7 +130,7 @@ def _stl10(data: Data, cache: Path) -> Parts:
     return Parts(train, {"test": test}, 10, where, LICENCES["stl10"], fingerprint=facts)
 
 
-def _stl10_part(pixels: Path, labels: Path, data: Data) -> Resident:
+def _stl10_part(pixels: Path, labels: Path, data: Data, *, held_out: bool) -> Resident:
     """Bytes: R, G and B planes of an image, each column after column; labels 1 to 10."""
     for path in (pixels, labels):
         if not path.is_file():
@@ -145,9 +146,10 @@ def _stl10_part(pixels: Path, labels: Path, data: Data) -> Resident:
         odd = int(np.argmax((y < 1) | (y > 10)))
         raise ValueError(f"{labels}: label {odd} is {y[odd]}, not 1 to 10")
     x = np.fromfile(pixels, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
-    if data.hr == STL10_SIDE:
-        return _resident(x.transpose(0, 3, 1, 2), y - 1, data)
-    return _resident(torch.stack([fit(image, data.hr) for image in x]).numpy(), y - 1, data)
+    if data.kept == STL10_SIDE:
+        return _resident(x.transpose(0, 3, 1, 2), y - 1, data, held_out=held_out)
+    fitted = torch.stack([fit(image, data.kept) for image in x]).numpy()
+    return _resident(fitted, y - 1, data, held_out=held_out)
 
 
 TINY_IMAGENET = {"classes": 200, "training images": 100_000, "test images": 10_000}
@@ -208,7 +210,9 @@ def _digits(data: Data) -> Parts:
     pixels = np.repeat(pixels[:, None], 3, axis=1)
     order = np.random.default_rng(data.seed).permutation(len(pixels))
     parts = np.split(order, [1000, 1297])
-    train, development, test = (_resident(pixels[p], bunch.target[p], data) for p in parts)
+    train, development, test = (
+        _resident(pixels[p], bunch.target[p], data, held_out=k > 0) for k, p in enumerate(parts)
+    )
     return Parts(
         train,
         {"development": development, "test": test},
@@ -218,13 +222,17 @@ def _digits(data: Data) -> Parts:
     )
 
 
-def _resident(pixels: np.ndarray, labels: Sequence[int] | np.ndarray, data: Data) -> Resident:
-    """Images of a fixed native size: `data.hr` must be that size."""
-    if pixels.shape[-1] != data.hr:
+def _resident(
+    pixels: np.ndarray, labels: Sequence[int] | np.ndarray, data: Data, *, held_out: bool
+) -> Resident:
+    """Images of a fixed native size: `data.hr`, with the room for crops, must be that size."""
+    if pixels.shape[-1] != data.kept:
+        room = f", and {data.kept - data.hr} px for crops" if data.kept > data.hr else ""
         raise ValueError(
-            f"--data.hr {data.hr}: the images of {data.name} are {pixels.shape[-1]} px"
+            f"--data.hr {data.hr}{room}: the images of {data.name} are {pixels.shape[-1]} px"
         )
-    return Resident(np.ascontiguousarray(pixels), np.asarray(labels))
+    shown = centre(pixels, data.hr) if held_out else pixels
+    return Resident(np.ascontiguousarray(shown), np.asarray(labels))
 
 
 # -- folders -------------------------------------------------------------------------------------

@@ -105,6 +105,39 @@ class Subset:
         return self.items.name(int(self.numbers[i]))
 
 
+class Boxed:
+    """Image files cut to their boxes, without a margin; of a box that reaches outside, what is in.
+
+    first: what the boxes call a picture's first pixel. 0: a box is its edges, x1 <= x < x2. 1:
+    pixels are counted from 1, and x2 is in it. image(i) raises ValueError, naming the file, for a
+    box that holds no pixel of the picture.
+    """
+
+    def __init__(self, files: Files, first: Literal[0, 1]) -> None:
+        if files.boxes is None:
+            raise ValueError(f"{files.root}: these images have no boxes")
+        self.files, self.labels = files, files.labels
+        self.corners = np.floor(files.boxes - [first, first, 0, 0] + 0.5).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, i: int) -> np.ndarray:
+        image = self.files.image(i)
+        x1, y1, x2, y2 = self.corners[i].tolist()
+        part = image[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
+        if not part.size:
+            box = ", ".join(f"{v:g}" for v in self.files.boxes[i])  # type: ignore[index]
+            raise ValueError(
+                f"{self.files.root / self.name(i)}: its box ({box}) holds no pixel of the picture "
+                f"of {image.shape[1]} x {image.shape[0]} px"
+            )
+        return part
+
+    def name(self, i: int) -> str:
+        return self.files.name(i)
+
+
 class Joined:
     """Several one after the other; boxes where all of them have some."""
 

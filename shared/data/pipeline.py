@@ -1,7 +1,8 @@
-"""Paired HR and LR views: a finite, counter-keyed set of augmentations, in batches.
+"""Paired HR and LR views: counter-keyed augmentations, in batches.
 
-A training view of an image is one of `Views.count` = flips x shifts; which one an image gets in
-an epoch is a function of (seed, epoch, image). HR and LR share it, and LR is made from the HR view.
+A training view of an image is one of `Views.count` = flips x shifts, or with Data.crop "resized" a
+random part of it; which one an image gets in an epoch is a function of (seed, epoch, image). HR and
+LR share it, and LR is made from the HR view (of the whole picture, where the teacher sees its box).
 Images that fit stay in memory as uint8; others are decoded by worker processes. There is no
 Python per resident image.
 """
@@ -12,7 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from tqdm import tqdm
 
 from shared import degrade
 from shared.config import Data
+from shared.data import crops
 from shared.data.items import Items, Subset, fit
 from shared.data.kept import Rows
-from shared.data.samplers import PKSampler
+from shared.data.samplers import Sampler
 from shared.degrade import low, to_float, to_uint8
 
 PART = 16  # images that a decoding thread takes at a time
@@ -105,6 +107,46 @@ class Streaming:
             yield index[rows], torch.stack([images[k] for k in rows.tolist()])
 
 
+class Part:
+    """Some of other images, by their `numbers` int64 [M], each once; they count from 0 here."""
+
+    def __init__(self, images: Images, numbers: Tensor) -> None:
+        self.images, self.numbers = images, torch.as_tensor(numbers)
+        self.labels = images.labels[self.numbers]
+        self._place = torch.empty(len(images), dtype=torch.int64)
+        self._place[self.numbers] = torch.arange(len(self.numbers))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, pixels in self.images.batches([self.numbers[wanted] for wanted in order]):
+            yield self._place[index], pixels
+
+
+class Centred:
+    """The middle `size` x `size` px of other images: what is scored, where views are crops."""
+
+    def __init__(self, images: Images, size: int) -> None:
+        self.images, self.size, self.labels = images, size, images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, pixels in self.images.batches(order):
+            yield index, centre(pixels, self.size)
+
+
+Pictures = TypeVar("Pictures", Tensor, np.ndarray)
+
+
+def centre(pixels: Pictures, size: int) -> Pictures:
+    """The middle `size` x `size` px of pictures [.., H, W]."""
+    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+    return pixels[..., top : top + size, left : left + size]
+
+
 def prepared(
     items: Items,
     data: Data,
@@ -115,6 +157,10 @@ def prepared(
 ) -> tuple[Images, list[str]]:
     """Items as images of `size` px (shared.data.items.fit), and why some were left out.
 
+    Where views are crops (Data.kept above Data.hr), all of a picture is brought to as much more px,
+    whatever its shape: a training image stays so, of others it is the centre. `whole`: small, tight
+    crops, which are taken whole and leave no room.
+
     In memory where they fit into `data.resident_gib`, decoded by `data.workers` threads; else
     decoded by as many processes when they are asked for. What cannot be decoded is a ValueError, or
     with `data.on_error` "skip" it is left out; a streamed training image has a stand-in (see
@@ -123,17 +169,19 @@ def prepared(
     """
     skip = role != "protocol" and data.on_error == "skip"
     hint = "" if skip or role == "protocol" else "; --data.on-error skip leaves such images out"
-    streamed = len(items) * 3 * size * size > data.resident_gib * 2**30
+    room = 0 if whole else data.kept - data.hr
+    shown = size + room if role == "training" else size
+    streamed = len(items) * 3 * shown * shown > data.resident_gib * 2**30
     left_out: list[str] = []
     if streamed and skip and role == "held out":
         fine, left_out = _each(items, data, lambda number: items.image(number), skip)
         items = Subset(items, fine, items.labels[fine])
-    decode = functools.partial(_fitted, items, size, whole, hint)
+    decode = functools.partial(_fitted, items, size + room, whole or room > 0, shown, hint)
     labels = torch.as_tensor(items.labels)
     if streamed:
         on_error = "skip" if skip else "stop"
         return Streaming(decode, labels, workers=data.workers, on_error=on_error), left_out
-    pixels = torch.empty((len(items), 3, size, size), dtype=torch.uint8)
+    pixels = torch.empty((len(items), 3, shown, shown), dtype=torch.uint8)
 
     def place(number: int) -> None:
         pixels[number] = decode(number)
@@ -178,9 +226,9 @@ def _each(
     return np.flatnonzero(fine), [message for message in failed if message]
 
 
-def _fitted(items: Items, size: int, whole: bool, hint: str, number: int) -> Tensor:
+def _fitted(items: Items, size: int, whole: bool, shown: int, hint: str, number: int) -> Tensor:
     try:
-        return fit(items.image(number), size, whole=whole)
+        return centre(fit(items.image(number), size, whole=whole), shown)
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
 
@@ -201,18 +249,24 @@ class _Decoded(torch.utils.data.Dataset):
 class Views:
     """The finite set of training views: flips x (2 * shift / step + 1)^2 shifts.
 
-    View 0 .. count - 1; the identity (no flip, no shift) is `Views.identity`.
+    View 0 .. count - 1; the identity (no flip, no shift) is `Views.identity`. Images have
+    `Data.kept` px a side, views `Data.hr`. Where random parts of a picture are cut out (Data.crop
+    "resized") these are drawn besides, see `cut`: the set is not `finite`, and has the flips of the
+    centre only.
     """
 
     def __init__(self, data: Data) -> None:
         if data.shift < 0 or data.shift_step < 1:
             raise ValueError("data.shift must be 0 or more and data.shift_step 1 or more")
-        if data.shift % data.shift_step:
+        self.finite, self.pad = data.crop != "resized", data.pad
+        self.size, self.room = data.hr, data.kept - data.hr
+        shift = data.shift if self.finite else 0
+        if shift % data.shift_step:
             raise ValueError(
                 f"data.shift {data.shift} is no multiple of data.shift_step {data.shift_step}"
             )
-        self.shift, self.pad = data.shift, data.pad
-        steps = torch.arange(-data.shift, data.shift + 1, data.shift_step)
+        self.padding = 0 if self.room else shift
+        steps = torch.arange(-shift, shift + 1, data.shift_step)
         dy, dx = torch.meshgrid(steps, steps, indexing="ij")
         flips = 2 if data.flip else 1
         self.dy, self.dx = dy.reshape(-1).repeat(flips), dx.reshape(-1).repeat(flips)
@@ -221,11 +275,12 @@ class Views:
         self.identity = int(((self.dy == 0) & (self.dx == 0) & ~self.mirrored).nonzero()[0])
 
     def apply(self, pixels: Tensor, view: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] uint8, view [B] -> the same shape and type, in channels-last."""
-        if self.count == 1:
+        """pixels [B, 3, kept, kept] uint8, view [B] -> [B, 3, hr, hr] uint8, in channels-last."""
+        if self.count == 1 and not self.room:
             return pixels
-        height, width = pixels.shape[-2:]
-        p, device = self.shift, pixels.device
+        height, width = (side - self.room for side in pixels.shape[-2:])
+        p, device = self.padding, pixels.device
+        first = p + self.room // 2
         view = view.to(device)
         if p:
             mode = "replicate" if self.pad == "edge" else "constant"
@@ -233,13 +288,19 @@ class Views:
             wide = F.pad(pixels.half(), (p, p, p, p), mode=mode).to(torch.uint8)
         else:
             wide = pixels
-        rows = torch.arange(height, device=device) + (p + self.dy.to(device)[view])[:, None]
+        rows = torch.arange(height, device=device) + (first + self.dy.to(device)[view])[:, None]
         columns = torch.arange(width, device=device).expand(len(view), -1)
         columns = torch.where(self.mirrored.to(device)[view][:, None], width - 1 - columns, columns)
-        columns = columns + (p + self.dx.to(device)[view])[:, None]
+        columns = columns + (first + self.dx.to(device)[view])[:, None]
         which = torch.arange(len(view), device=device)[:, None, None]
         last = wide.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
         return last.permute(0, 3, 1, 2)
+
+    def cut(self, pixels: Tensor, view: Tensor, key: Tensor) -> Tensor:
+        """A random part of each picture, by its key [B] (shared.data.crops), flipped as the view
+        says: [B, 3, kept, kept] uint8 -> [B, 3, hr, hr] uint8, in channels-last."""
+        box = crops.boxes(key, pixels.shape[-1])
+        return crops.resized(pixels, box, self.size, self.mirrored[view.cpu()])
 
 
 @dataclass(frozen=True)
@@ -253,7 +314,7 @@ class Batch:
     view: Tensor  # [B] which view of it
     y: Tensor  # [B] label
     x_h: Callable[[], Tensor]  # -> [B, 3, hr, hr] normalised
-    x_l: Callable[[], Tensor]  # -> [B, 3, lr, lr] normalised
+    x_l: Callable[[], Tensor]  # -> [B, 3, lr_input, lr_input] normalised
 
 
 class Loader:
@@ -262,7 +323,8 @@ class Loader:
     Epoch e visits a permutation keyed by (seed, e), in `steps` whole batches of `size` over all
     ranks; what does not fill a batch is left for another epoch's order. Rank r sees the r-th
     contiguous part of each batch. No state: any (epoch, start) can be asked for. `sampler` orders
-    the images of an epoch instead (P x K batches), in batches of its own size.
+    the images of an epoch instead, in batches of its own size. whole: of the same images another
+    picture, which the student sees in the same view (Data.quality "unlocalised").
     """
 
     def __init__(
@@ -275,22 +337,26 @@ class Loader:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
-        sampler: PKSampler | None = None,
+        sampler: Sampler | None = None,
+        whole: Images | None = None,
     ) -> None:
-        if sampler is not None and size != sampler.p * sampler.k:
-            raise ValueError(f"a batch of {size} is not {sampler.p} classes x {sampler.k} images")
-        if sampler is not None and sampler.p % world:
-            raise ValueError(f"{sampler.p} classes a batch cannot be shared by {world} ranks")
+        if sampler is not None and size != sampler.size:
+            raise ValueError(f"a batch of {size} is not the {sampler.size} images of the sampler's")
         if size % world:
             raise ValueError(f"a batch of {size} cannot be shared by {world} ranks")
         if size < 2 or len(images) < size:
             raise ValueError(f"{len(images)} training images do not fill a batch of {size}")
+        if whole is not None and not torch.equal(whole.labels, images.labels):
+            raise ValueError("whole pictures and their parts differ in number or labels")
         self.images, self.data, self.size, self.seed = images, data, size, seed
         self.device, self.rank, self.world = device, rank, world
-        if isinstance(images, Resident):
-            images.to(device)
+        self.whole = whole
+        self.seen = images if whole is None else whole  # by the student
+        for some in (images, self.seen):
+            if isinstance(some, Resident):
+                some.to(device)
         self.views = Views(data)
-        self.steps = len(images) // size
+        self.steps = len(images) // size if sampler is None else sampler.steps
         self.sampler = sampler
         self.kept_low: Rows | None = None  # every LR view, of images decoded from files
         self._low: Tensor | None = None
@@ -301,28 +367,31 @@ class Loader:
         Images from files are decoded ahead by worker processes; with `kept_low`, only if asked for.
         """
         order, view = self._order(epoch)
+        drawn = None if self.views.finite else _distinct(order, len(self.images))
         own = self.size // self.world
         spans = [
             slice(s * self.size + self.rank * own, s * self.size + (self.rank + 1) * own)
             for s in range(start, self.steps)
         ]
-        on_demand = isinstance(self.images, Resident) or self.kept_low is not None
-        high = None if on_demand else self.images.batches([order[span] for span in spans])
+        parts = [order[span] for span in spans]
+        high = self._read(self.images, parts)
+        low = None if self.whole is None else self._read(self.whole, parts)
         for step, span in enumerate(spans, start):
-            index, chosen = order[span], view[span]
-            if high is None:
-                moved = functools.partial(self._moved, index, chosen)
-            else:
-                index, pixels = next(high)
-                moved = functools.partial(self.views.apply, pixels.to(self.device), chosen)
+            index, read = next(high)
+            key = None if drawn is None else degrade.keys(self.seed, drawn[span], epoch)
+            moved = functools.cache(functools.partial(self._moved, read, view[span], key))
+            seen = moved
+            if low is not None:
+                _, read = next(low)
+                seen = functools.cache(functools.partial(self._moved, read, view[span], key))
             yield Batch(
                 epoch=epoch,
                 last=step == self.steps - 1,
                 index=index,
-                view=chosen,
+                view=view[span],
                 y=self.images.labels[index].to(self.device),
                 x_h=functools.partial(self._x_h, moved),
-                x_l=functools.partial(self._x_l, moved, index, chosen, epoch),
+                x_l=functools.partial(self._x_l, seen, index, view[span], epoch),
             )
 
     def plain(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -335,41 +404,67 @@ class Loader:
         count = total if count is None else count
         spans = list(order.repeat(-(-count // total))[:count].split(256))
         for index, pixels in self.images.batches(spans):
+            pixels = pixels if not self.views.room else centre(pixels, self.data.hr)
             yield index, self._float(pixels.to(self.device)), self.images.labels[index]
 
     def low_view(self, pixels: Tensor, view: int) -> Tensor:
-        """One view of images [B, 3, hr, hr] uint8 at LR: [B, 3, lr, lr] uint8."""
+        """One view of images [B, 3, kept, kept] uint8 at LR: [B, 3, lr, lr] uint8."""
         chosen = torch.full((len(pixels),), view)
         return self._degrade(self.views.apply(pixels, chosen))
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        total = len(self.images)
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        view = torch.randint(self.views.count, (len(self.images),), generator=generator)
-        return order if self.sampler is None else self.sampler.order(epoch), view
+        order = torch.randperm(total, generator=generator)
+        if self.sampler is not None:
+            order = self.sampler.order(epoch)
+        view = torch.randint(self.views.count, (max(total, len(order)),), generator=generator)
+        return order, view
 
-    def _moved(self, index: Tensor, view: Tensor) -> Tensor:
-        _, pixels = next(self.images.batches([index]))
-        return self.views.apply(pixels.to(self.device), view)
+    def _read(
+        self, images: Images, parts: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
+        """For each part its numbers, and what reads its pixels."""
+        if self.kept_low is not None or not _streamed(images):
+            for index in parts:
+                yield index, functools.partial(self._pixels, images, index)
+            return
+        for index, pixels in images.batches(parts):
+            yield index, functools.partial(pixels.to, self.device)
+
+    def _pixels(self, images: Images, index: Tensor) -> Tensor:
+        _, pixels = next(images.batches([index]))
+        return pixels.to(self.device)
+
+    def _moved(self, read: Callable[[], Tensor], view: Tensor, key: Tensor | None) -> Tensor:
+        if key is None:
+            return self.views.apply(read(), view)
+        return self.views.cut(read(), view, key)
 
     def _x_h(self, moved: Callable[[], Tensor]) -> Tensor:
         return self._float(moved())
 
     def _x_l(
-        self, moved: Callable[[], Tensor], index: Tensor, view: Tensor, epoch: int
+        self, seen: Callable[[], Tensor], index: Tensor, view: Tensor, epoch: int
     ) -> Tensor:
-        if self.data.degradation == "realistic":
+        d = self.data
+        if d.quality == "unlocalised" and self.whole is None:
+            raise ValueError(
+                "--data.quality unlocalised: this training knows no whole pictures for its student"
+            )
+        if d.degradation == "realistic":
             key = degrade.keys(self.seed, index, epoch)
-            return self._float(to_uint8(self._realistic(to_float(moved()), key)))
-        if self.kept_low is not None:
-            low = self.kept_low.read(view, index).to(self.device)
-            return self._float(low.view(len(index), 3, self.data.lr, self.data.lr))
-        table = self._table()
-        if table is None:
-            return self._float(self._degrade(moved()))
-        return self._float(table[index.to(table.device), view.to(table.device)])
+            pixels = to_uint8(self._realistic(to_float(seen()), key))
+        elif self.kept_low is not None:
+            pixels = self.kept_low.read(view, index).to(self.device)
+            pixels = pixels.view(len(index), 3, d.lr, d.lr)
+        elif (table := self._table()) is not None:
+            pixels = table[index.to(table.device), view.to(table.device)]
+        else:
+            pixels = self._degrade(seen())
+        return student_input(pixels, d)
 
     def _degrade(self, pixels: Tensor) -> Tensor:
         d = self.data
@@ -380,17 +475,19 @@ class Loader:
         return degrade.realistic(x, d.lr, key, mode=d.kernel, antialias=d.antialias)
 
     def _table(self) -> Tensor | None:
-        """Every LR view, uint8 [N, views, 3, lr, lr], where that is small enough to keep."""
-        side = self.data.lr
-        needed = len(self.images) * self.views.count * 3 * side * side
-        if self._low is None and isinstance(self.images, Resident) and needed <= LR_TABLE_BYTES:
+        """Every LR view, uint8 [N, views, 3, lr, lr], where there is a smaller image to keep, and
+        all of them are small enough."""
+        side, pictures = self.data.lr, self.seen
+        needed = len(pictures) * self.views.count * 3 * side * side
+        wanted = self.views.finite and side < self.data.hr and needed <= LR_TABLE_BYTES
+        if self._low is None and isinstance(pictures, Resident) and wanted:
             table = torch.empty(
-                (len(self.images), self.views.count, 3, side, side),
+                (len(pictures), self.views.count, 3, side, side),
                 dtype=torch.uint8,
                 device=self.device,
             )
-            for index in torch.arange(len(self.images)).split(256):
-                pixels = self.images.pixels[index].to(self.device)
+            for index in torch.arange(len(pictures)).split(256):
+                pixels = pictures.pixels[index].to(self.device)
                 for view in range(self.views.count):
                     table[index.to(self.device), view] = self.low_view(pixels, view)
             self._low = table
@@ -398,6 +495,18 @@ class Loader:
 
     def _float(self, pixels: Tensor) -> Tensor:
         return normalise(pixels, self.data)
+
+
+def _distinct(order: Tensor, total: int) -> Tensor:
+    """Image numbers of an epoch, with `total` added each time that one comes again (small classes):
+    it then shows another random part of itself."""
+    grouped, places = order.sort(stable=True)
+    again = torch.arange(len(order)) - torch.searchsorted(grouped, grouped)
+    return order.index_add(0, places, total * again)
+
+
+def _streamed(images: Images) -> bool:
+    return _streamed(images.images) if isinstance(images, Part) else isinstance(images, Streaming)
 
 
 def normalise(pixels: Tensor, data: Data) -> Tensor:
@@ -410,8 +519,20 @@ def normalise(pixels: Tensor, data: Data) -> Tensor:
     return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
 
+def enlarged(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, H, W] brought to size x size px as 8-bit files: bicubic, not antialiased."""
+    x = F.interpolate(to_float(pixels), size=(size, size), mode="bicubic", align_corners=False)
+    return to_uint8(x)
+
+
+def student_input(pixels: Tensor, data: Data) -> Tensor:
+    """uint8 LR [B, 3, lr, lr] to what the student's network gets: enlarged first, where it is."""
+    if data.quality == "enlarged":
+        pixels = enlarged(pixels, data.hr)
+    return normalise(pixels, data)
+
+
 def upsampled_input(pixels: Tensor, data: Data) -> Tensor:
     """uint8 HR to what a teacher gets of an LR image: degraded, then bicubic back to hr px."""
-    x = to_float(low(pixels, data.lr, mode=data.kernel, antialias=data.antialias))
-    x = F.interpolate(x, size=(data.hr, data.hr), mode="bicubic", align_corners=False)
-    return normalise(to_uint8(x), data)
+    x = low(pixels, data.lr, mode=data.kernel, antialias=data.antialias)
+    return normalise(enlarged(x, data.hr), data)

@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,22 +47,39 @@ FULL = (slice(None), slice(None))
 
 
 @dataclass(frozen=True)
-class Faces:
-    """Parameters of the generator; all of them are in the cache key."""
+class Family:
+    """Parameters of a generator; all of them are in the cache key."""
 
-    size: int = 64  # px, 16..112
+    SIZES: ClassVar = (16, 112)
+
+    size: int = 64  # px
     seed: int = 0  # data seed: another seed is another population
-    coarse: float = 0.6  # spread of what survives at 16x16 (head shape, skin, hair, ...)
+    coarse: float = 0.6  # spread of what survives at 16x16 (faces: head shape, skin, hair, ...)
     fine: float = 1.4  # spread of what only HR shows (iris and brow texture, moles, ...)
 
     def __post_init__(self) -> None:
-        if not 16 <= self.size <= 112:
-            raise ValueError(f"Faces.size is {self.size}; give 16 to 112 pixels")
+        kind, (least, most) = type(self).__name__, self.SIZES
+        if not least <= self.size <= most:
+            raise ValueError(f"{kind}.size is {self.size}; give {least} to {most} pixels")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"Faces.seed is {self.seed}; give 0 to 2**63 - 1")
+            raise ValueError(f"{kind}.seed is {self.seed}; give 0 to 2**63 - 1")
         for name in ("coarse", "fine"):
             if not 0 <= getattr(self, name) <= 3:
-                raise ValueError(f"Faces.{name} is {getattr(self, name)}; give 0 to 3")
+                raise ValueError(f"{kind}.{name} is {getattr(self, name)}; give 0 to 3")
+
+    def draw(self, shifted: bool, task: tuple[int, Array]) -> Array:
+        """Instances [N] of one identity, uint8 [N, 3, S, S]; task = (identity, instances)."""
+        raise NotImplementedError
+
+
+class Faces(Family):
+    """Procedural faces."""
+
+    def draw(self, shifted: bool, task: tuple[int, Array]) -> Array:
+        identity, instances = task
+        person = _person(self, identity)
+        parts = [instances[i : i + CHUNK] for i in range(0, len(instances), CHUNK)]
+        return np.concatenate([_draw(self, person, identity, part, shifted) for part in parts])
 
 
 # ---------------------------------------------------------------------------------- the numbers
@@ -123,19 +140,19 @@ def _numbers(faces: Faces, identity: int) -> SimpleNamespace:
     return SimpleNamespace(**p)
 
 
-def _rgb(red: float, green: float, blue: float) -> Array:
+def rgb(red: float, green: float, blue: float) -> Array:
     return np.array([red, green, blue], np.float32)
 
 
-def _along(stops: list[tuple[float, float, float]], t: float) -> Array:
+def along(stops: list[tuple[float, float, float]], t: float) -> Array:
     """The colour [3] at t in [0, 1] of a palette."""
     place = min(max(t, 0.0), 1.0) * (len(stops) - 1)
     i = min(int(place), len(stops) - 2)
-    a, b = _rgb(*stops[i]), _rgb(*stops[i + 1])
+    a, b = rgb(*stops[i]), rgb(*stops[i + 1])
     return a + np.float32(place - i) * (b - a)
 
 
-def _ramp(t: float, low: float, high: float) -> float:
+def ramp(t: float, low: float, high: float) -> float:
     """0 below low, 1 above high, straight between."""
     return min(max((t - low) / (high - low), 0.0), 1.0)
 
@@ -153,7 +170,7 @@ def _smooth(shape: tuple[int, ...], cells: tuple[int, int], seed: int) -> Array:
 
 
 @functools.lru_cache(maxsize=4)
-def _stage(size: int) -> SimpleNamespace:
+def stage(size: int) -> SimpleNamespace:
     """All that depends on the size alone: coordinates, textures, clothes, backgrounds, noise."""
     s = SimpleNamespace(size=size, canvas=2 * round(size * 0.625), px=2 / size)
     s.reach = s.canvas / size
@@ -230,11 +247,11 @@ class _Painter:
 
     def __init__(self, s: SimpleNamespace, p: SimpleNamespace) -> None:
         self.s, self.p = s, p
-        self.masculine = _ramp(p.masculine, 0.35, 0.65)
-        self.skin = _along(_SKIN, p.skin) + _rgb(0.2, -0.2, -0.8) * np.float32(p.undertone)
-        hair = _along(_HAIR, p.hair * (1 - 0.55 * _ramp(p.skin, 0.45, 0.75)))
-        grey = np.float32(_ramp(p.age, 0.74, 0.88))
-        self.hair = hair + grey * (_rgb(0.74, 0.74, 0.75) - hair)
+        self.masculine = ramp(p.masculine, 0.35, 0.65)
+        self.skin = along(_SKIN, p.skin) + rgb(0.2, -0.2, -0.8) * np.float32(p.undertone)
+        hair = along(_HAIR, p.hair * (1 - 0.55 * ramp(p.skin, 0.45, 0.75)))
+        grey = np.float32(ramp(p.age, 0.74, 0.88))
+        self.hair = hair + grey * (rgb(0.74, 0.74, 0.75) - hair)
         self.front = np.zeros((3, s.canvas, s.canvas), np.float32)
 
     def at(self, cx: float, cy: float, rx: float, ry: float) -> tuple[Window, Array, Array]:
@@ -273,7 +290,7 @@ def _line(u: Array, su: float) -> Array:
 
 def _person(faces: Faces, identity: int) -> _Person:
     """Draw an identity, back to front."""
-    s, p = _stage(faces.size), _numbers(faces, identity)
+    s, p = stage(faces.size), _numbers(faces, identity)
     c = _Painter(s, p)
     x, y, ax, cover, masculine = s.x, s.y, np.abs(s.x), c.cover, c.masculine
 
@@ -290,10 +307,10 @@ def _person(faces: Faces, identity: int) -> _Person:
 
     # hair: its outline is a skull enlarged by the volume, then straight down to its length
     length = 0.62 * p.length + 0.38 * (1 - masculine)
-    bald = 1 - _ramp(length, 0.05, 0.09)
-    thin = _ramp(p.age, 0.6, 0.9) * masculine * _ramp(p.hairline, 0.45, 0.8)
-    volume = 0.02 + (0.05 + 0.15 * p.volume) * _ramp(length, 0.10, 0.40)
-    curl = _ramp(p.curl, 0.55, 0.95)
+    bald = 1 - ramp(length, 0.05, 0.09)
+    thin = ramp(p.age, 0.6, 0.9) * masculine * ramp(p.hairline, 0.45, 0.8)
+    volume = 0.02 + (0.05 + 0.15 * p.volume) * ramp(length, 0.10, 0.40)
+    curl = ramp(p.curl, 0.55, 0.95)
     ripple = (0.022 * curl) * np.sin(17 * np.arctan2(x, HEAD_Y - y) + 40 * p.part)
     swell = 1 + 0.10 * p.volume * np.clip(y - HEAD_Y, 0, 1)
     crown = np.minimum(t, 0) * (high / (high + volume))
@@ -302,7 +319,7 @@ def _person(faces: Faces, identity: int) -> _Person:
     pattern = int(p.strands * 23.99)
     strands = (1 - curl) * s.strands[pattern] + curl * s.curls[pattern]
     locks = c.hair[:, None, None] * (0.76 + 0.44 * strands) + 0.04 * (strands - 0.5)
-    side = -0.20 + 0.20 * _ramp(length, 0.10, 0.40) + 1.15 * _ramp(length, 0.48, 0.95)
+    side = -0.20 + 0.20 * ramp(length, 0.10, 0.40) + 1.15 * ramp(length, 0.48, 0.95)
     ends = cover(y - side - 0.07 * (strands - 0.5))
 
     # back layer: hair behind the neck, neck
@@ -318,7 +335,7 @@ def _person(faces: Faces, identity: int) -> _Person:
     ear_y = p.eye_y + 0.10
     lobe = np.sqrt(((ax - wide * 0.97) / (p.ear * 0.72)) ** 2 + ((y - ear_y) / (p.ear * 1.25)) ** 2)
     ears = cover((lobe - 1) * (p.ear * 0.8))
-    c.fill(ears, c.skin * _rgb(0.92, 0.84, 0.82))
+    c.fill(ears, c.skin * rgb(0.92, 0.84, 0.82))
     c.shade(0.4 * _bump(ax - wide * 1.03, y - ear_y, p.ear * 0.28, p.ear * 0.7) * ears)
     round_off = 0.20 * np.clip(r2, 0, 1) ** 3 + 0.10 * _bump(x, y - (HEAD_Y + high), 0.4, 0.12)
     c.fill(head, c.skin[:, None, None] * (1.03 - round_off))
@@ -332,13 +349,13 @@ def _person(faces: Faces, identity: int) -> _Person:
 
     height = HEAD_Y - high * (0.58 + 0.18 * (p.hairline - 0.5) + 0.34 * thin)
     parting = (p.part - 0.5) * 1.2 * wide
-    fringe = _ramp(p.fringe, 0.55, 0.9) * _ramp(length, 0.15, 0.35) * (1 - thin)
+    fringe = ramp(p.fringe, 0.55, 0.9) * ramp(length, 0.15, 0.35) * (1 - thin)
     straight = height + fringe * (p.eye_y - p.brow_gap + 0.02 - height)
     fall = (0.08 + 0.25 * (length > 0.4)) * np.minimum(((x - parting) / wide) ** 2, 1.2)
     line = fringe * straight + (1 - fringe) * (height + fall) + 0.05 * (strands - 0.5)
-    inside = (0.93 - 0.20 * _ramp(length, 0.45, 0.9) * (0.4 + 0.6 * p.volume)) * wide
+    inside = (0.93 - 0.20 * ramp(length, 0.45, 0.9) * (0.4 + 0.6 * p.volume)) * wide
     sides = cover(inside + 0.06 * np.clip(y - 0.1, 0, 1) - ax) * ends
-    cap = np.maximum(cover(y - line), sides) * outline * (0.55 + 0.45 * _ramp(length, 0.10, 0.16))
+    cap = np.maximum(cover(y - line), sides) * outline * (0.55 + 0.45 * ramp(length, 0.10, 0.16))
     cap = cap * (1 - thin * 0.9 * cover(y - (HEAD_Y - 0.45 * high)))
     c.fill(cap, locks * (0.9 + 0.35 * _bump(x, y - (HEAD_Y - 0.75 * high), 0.75, 0.16)))
     c.shade((0.30 * (1 - bald)) * head * (1 - cap) * _line(y - line - 0.02, 0.035))
@@ -349,9 +366,9 @@ def _person(faces: Faces, identity: int) -> _Person:
     styles = []
     for mask, light in s.clothes:
         show = (1 - front_alpha) * mask
-        rgb = c.front * front_alpha + (1 - front_alpha - show) * back * back_alpha
+        colour = c.front * front_alpha + (1 - front_alpha - show) * back * back_alpha
         alpha = front_alpha + (1 - front_alpha) * np.maximum(mask, back_alpha)
-        styles.append((np.concatenate([rgb, alpha[None]]), show * light))
+        styles.append((np.concatenate([colour, alpha[None]]), show * light))
     return _Person(
         looks=torch.from_numpy(np.stack([a for a, _ in styles]).astype(np.float32)),
         cloth=torch.from_numpy(np.stack([b for _, b in styles]).astype(np.float32)),
@@ -366,7 +383,7 @@ def _relief(c: _Painter, cheeks: Array) -> None:
     """Blush, eye sockets, chin and nose."""
     s, p = c.s, c.p
     x, y, ax = s.x, s.y, np.abs(s.x)
-    red = _rgb(0.10, -0.9, -0.7) * np.float32(max(p.blush, 0) * (1 - 0.5 * p.skin))
+    red = rgb(0.10, -0.9, -0.7) * np.float32(max(p.blush, 0) * (1 - 0.5 * p.skin))
     c.front *= 1 + cheeks * (red + np.float32(0.05))[:, None, None]
     c.shade(0.20 * _bump(ax - p.eye_x, y - p.eye_y + 0.02, 0.16, 0.10))
     c.shade(0.16 * _bump(x, y - (p.mouth_y + 0.105), 0.11, 0.03))
@@ -385,7 +402,7 @@ def _relief(c: _Painter, cheeks: Array) -> None:
 def _marks(c: _Painter, fine: float) -> None:
     """Forehead lines, folds beside the mouth, crow's feet; moles and freckles; a scar."""
     p = c.p
-    lines = _ramp(p.wrinkles + 0.35 * (p.age - 0.5), 0.5, 0.95) * fine
+    lines = ramp(p.wrinkles + 0.35 * (p.age - 0.5), 0.5, 0.95) * fine
     if lines > 0:
         where, u, v = c.at(0, -0.34, 0.33, 0.14)
         for k in range(3):
@@ -399,28 +416,28 @@ def _marks(c: _Painter, fine: float) -> None:
             c.shade(0.34 * lines * rays * rays * _bump(u, v, 0.06, 0.07), where)
 
     mole = np.arange(_MOLES + _FRECKLES) < _MOLES
-    strength = np.full(len(mole), 0.55 * _ramp(p.freckles, 0.62, 0.9) * (1 - 0.6 * p.skin))
+    strength = np.full(len(mole), 0.55 * ramp(p.freckles, 0.62, 0.9) * (1 - 0.6 * p.skin))
     strength[:_MOLES] = np.clip(1.6 * (p.mole - 0.25), 0, 0.85)
     a, b, size = p.points.T
-    spots = _scatter(
+    spots = scatter(
         c.s,
         (a - 0.5) * np.where(mole, 0.72, 0.66),
         0.13 + (b - 0.5) * np.where(mole, 0.88, 0.26),
         np.where(mole, 0.020 + 0.014 * size, 0.013 + 0.006 * size),
         strength,
     )
-    c.front *= 1 - _rgb(0.72, 0.84, 0.92)[:, None, None] * spots
+    c.front *= 1 - rgb(0.72, 0.84, 0.92)[:, None, None] * spots
 
     if p.scar > 0.72:
         cos, sin = math.cos(3.1 * p.scar_turn), math.sin(3.1 * p.scar_turn)
         where, u, v = c.at((p.scar_x - 0.5) * 0.5, 0.05 + (p.scar_y - 0.5) * 0.6, 0.15, 0.15)
         across, span = v * cos - u * sin, c.cover(np.abs(u * cos + v * sin) - 0.10)
-        light = c.skin * np.float32(0.5) + _rgb(0.48, 0.30, 0.30)
+        light = c.skin * np.float32(0.5) + rgb(0.48, 0.30, 0.30)
         c.fill(0.75 * span * c.cover(np.abs(across) - 0.009), light, where)
         c.shade(0.35 * span * c.cover(np.abs(across - 0.022) - 0.009), where)
 
 
-def _scatter(s: SimpleNamespace, mx: Array, my: Array, size: Array, strength: Array) -> Array:
+def scatter(s: SimpleNamespace, mx: Array, my: Array, size: Array, strength: Array) -> Array:
     """Round spots of radius size [P] at (mx, my) [P], the strongest at each pixel, [A, A]."""
     n = math.ceil(0.05 / s.px)
     step = np.arange(-n, n + 1)
@@ -437,11 +454,11 @@ def _scatter(s: SimpleNamespace, mx: Array, my: Array, size: Array, strength: Ar
 def _beard(c: _Painter, head: Array, strands: Array, locks: Array) -> None:
     """From stubble to a full beard, with more or less of a moustache."""
     p, x, y, ax = c.p, c.s.x, c.s.y, np.abs(c.s.x)
-    beard = _ramp(p.beard, 0.50, 0.68) * _ramp(p.masculine, 0.48, 0.60)
-    stubble = 0.22 * c.masculine * _ramp(p.beard, 0.25, 0.45)
+    beard = ramp(p.beard, 0.50, 0.68) * ramp(p.masculine, 0.48, 0.60)
+    stubble = 0.22 * c.masculine * ramp(p.beard, 0.25, 0.45)
     if beard + stubble == 0:
         return
-    full = _ramp(p.beard, 0.62, 0.85)
+    full = ramp(p.beard, 0.62, 0.85)
     edge = p.mouth_y - 0.03 + 0.16 * (1 - full) - 0.30 * full * np.clip(ax - 0.10, 0, 0.4)
     bare = np.sqrt((x / 0.15) ** 2 + ((y - p.mouth_y) / 0.085) ** 2)  # round the lips
     area = c.cover((edge - y) * 0.5) * np.clip((bare - 1) * 6 + 0.5, 0, 1)
@@ -461,16 +478,16 @@ def _mouth(c: _Painter) -> None:
     middle = p.corner * e
     top = middle - p.lip_up * q * (1.25 - 0.25 * c.masculine) + p.bow * _line(u, 0.035) * q
     bottom = middle + p.lip_low * np.sqrt(q) * q
-    lips = c.skin * np.float32(0.45) + _along(_LIPS, p.lip_hue) * np.float32(0.5 - 0.2 * p.skin)
+    lips = c.skin * np.float32(0.45) + along(_LIPS, p.lip_hue) * np.float32(0.5 - 0.2 * p.skin)
     lips = lips * np.float32(0.92 + 0.25 * (p.lip_tone - 0.5))
     span = c.cover(np.abs(u) - w)
     c.fill(span * c.cover(np.maximum(top - v, v - middle)), lips * np.float32(0.84), where)
     c.fill(span * c.cover(np.maximum(middle - v, v - bottom)), lips, where)
     c.shade(-0.14 * _bump(u, v - p.lip_low * 0.5, 0.07, 0.014), where)
     slit = np.abs(v - middle) - 0.013 * (0.4 + 0.6 * q)
-    c.fill(span * c.cover(slit), _rgb(0.22, 0.08, 0.08), where)
+    c.fill(span * c.cover(slit), rgb(0.22, 0.08, 0.08), where)
     teeth = c.cover(np.abs(v - middle + 0.006) - 0.004) * (np.abs(u) < w * 0.7)
-    c.fill(0.8 * span * teeth, _rgb(0.86, 0.84, 0.80), where)
+    c.fill(0.8 * span * teeth, rgb(0.86, 0.84, 0.80), where)
 
 
 def _eye(c: _Painter, sign: int, fine: float) -> None:
@@ -483,25 +500,25 @@ def _eye(c: _Painter, sign: int, fine: float) -> None:
     upper, lower = -p.eye_h * q, 0.62 * p.eye_h * q
     within = np.abs(u) < p.eye_w
     ball = c.cover(np.maximum(upper - v, v - lower)) * within
-    bags = 0.30 * fine * _ramp(p.bags, 0.45, 1)
+    bags = 0.30 * fine * ramp(p.bags, 0.45, 1)
     c.shade(bags * _bump(u, v - p.eye_h - 0.04, 0.11, 0.024), where)
     c.shade(0.34 * _bump(u, v - upper + p.lid, p.eye_w * 0.9, 0.014), where)
-    c.fill(ball, _rgb(0.93, 0.92, 0.91), where)
+    c.fill(ball, rgb(0.93, 0.92, 0.91), where)
     c.shade(0.30 * ball * _line(v - upper, 0.03), where)
 
     # iris: two tones, spokes, a dark ring at its edge; pupil and glint
     down = v + 0.008
     r = np.sqrt(across**2 + down**2) * (1 / p.iris)
     spokes = np.sin((3 + int(p.iris_turn * 5)) * np.arctan2(down, across) + 20 * p.iris_ring)
-    hue = _along(_IRIS, p.iris_hue * (1 - 0.6 * _ramp(p.skin, 0.5, 0.9)))
+    hue = along(_IRIS, p.iris_hue * (1 - 0.6 * ramp(p.skin, 0.5, 0.9)))
     colour = hue[:, None, None] * ((1 + 0.35 * spokes * (r > 0.5)) * (0.75 + 0.6 * p.iris_light))
-    inner = 0.55 * _ramp(p.iris_ring, 0.3, 0.9) * np.clip(1.6 - 2 * r, 0, 1)
-    colour += inner * _rgb(0.55, 0.32, 0.05)[:, None, None]
+    inner = 0.55 * ramp(p.iris_ring, 0.3, 0.9) * np.clip(1.6 - 2 * r, 0, 1)
+    colour += inner * rgb(0.55, 0.32, 0.05)[:, None, None]
     c.fill(ball * c.cover((r - 1) * p.iris), colour, where)
     c.shade(0.6 * ball * _line(r - 0.95, 1 / 6), where)
-    c.fill(ball * c.cover((r - p.pupil) * p.iris), _rgb(0.03, 0.02, 0.02), where)
+    c.fill(ball * c.cover((r - p.pupil) * p.iris), rgb(0.03, 0.02, 0.02), where)
     glint = c.cover(np.sqrt((across + 0.022) ** 2 + (v + 0.034) ** 2) - 0.016)
-    c.fill(0.9 * ball * glint, _rgb(1, 1, 1), where)
+    c.fill(0.9 * ball * glint, rgb(1, 1, 1), where)
     lash = c.cover(np.abs(v - upper) - 0.010 - 0.012 * p.lashes * (1 - 0.5 * c.masculine))
     c.fill(0.85 * lash * (np.abs(u) < p.eye_w + 0.02), c.hair * np.float32(0.25), where)
     c.shade(0.30 * c.cover(np.abs(v - lower) - 0.006) * within, where)
@@ -528,8 +545,8 @@ def _glasses(c: _Painter) -> None:
     bridge = np.maximum(np.abs(v + 0.02) - rim, au - p.eye_x + rx)
     temples = np.maximum(np.abs(v + 0.03) - rim, np.maximum(p.eye_x + rx - au, au - p.width))
     frame = np.minimum(np.minimum(np.abs(d) - rim, bridge), temples)
-    c.fill(0.12 * cover(d), _rgb(0.85, 0.92, 1.0), where)
-    c.fill(0.92 * cover(frame), _rgb(*_FRAMES[int(p.frame * 4.99)]), where)
+    c.fill(0.12 * cover(d), rgb(0.85, 0.92, 1.0), where)
+    c.fill(0.92 * cover(frame), rgb(*_FRAMES[int(p.frame * 4.99)]), where)
 
 
 def _normals(c: _Painter, cheeks: Array, bare: Array, radius: Array) -> Array:
@@ -601,17 +618,9 @@ def _bases(s: SimpleNamespace, p: SimpleNamespace) -> Array:
 
 def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifted: bool) -> Array:
     """Instances [N] of one identity as uint8 [N, 3, S, S]."""
-    s, n = _stage(faces.size), len(instances)
-    normal, uniform = np.empty((n, 24), np.float32), np.empty((n, 28), np.float32)
-    for i, instance in enumerate(instances):
-        rng = generator(faces.seed, identity, 1 + shifted, int(instance))
-        normal[i] = rng.standard_normal(24, dtype=np.float32)
-        uniform[i] = rng.random(28, dtype=np.float32)
-    c = _conditions(normal.clip(-2.2, 2.2), uniform, shifted)
-    v = {k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in c.items()}
-
-    def col(name: str, i: int | None = None) -> torch.Tensor:  # [N, 1, 1]
-        return (v[name] if i is None else v[name][:, i])[:, None, None]
+    s, n = stage(faces.size), len(instances)
+    normal, uniform = draws(faces, identity, instances, shifted)
+    v = columns(conditions(normal, uniform, shifted))
 
     # colour: cloth, Lambert's shading and a highlight, on the canvas
     style = torch.from_numpy((uniform[:, 0] * 6).astype(np.int64))
@@ -624,16 +633,12 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
         cloth[i].mul_(1 - mask)
         for k in range(3):
             canvas[i, k] += light * v["hat"][i, k]
-    nx, ny, nz = person.normals
-    lambert = (nx * col("light", 0)).add_(ny * col("light", 1)).add_(nz * col("light", 2)).clamp_(0)
-    spot = lambert * lambert
-    spot = spot.mul_(spot).mul_(spot).mul_(person.gloss).mul_(canvas[:, 3]).mul_(col("highlight"))
-    lambert.mul_(col("diffuse")).add_(col("ambient"))
     for k in range(3):
-        canvas[:, k].add_(cloth * col("cloth", k)).mul_(lambert).add_(spot)
+        canvas[:, k].add_(cloth * v["cloth"][:, k])
+    shade(canvas, person.normals, person.gloss, v)
 
     # place: displacement on the canvas, affine to the image, one sampling
-    b, d = person.bases, {k: col("move", k) for k in range(8)}
+    b, d = person.bases, {k: v["move"][:, k] for k in range(8)}
     h = b.shape[-1]
     field = torch.empty(n, 2, h, h, dtype=torch.float32)
     hx, hy = torch.from_numpy(s.hx), torch.from_numpy(s.hy)
@@ -644,35 +649,86 @@ def _draw(faces: Faces, person: _Person, identity: int, instances: Array, shifte
     for k in (_SMILE_Y, _OPEN, _BROWS, _LIDS):
         field[:, 1] += b[k] * d[k]
     field /= s.reach
-    place = torch.empty(n, s.size, s.size, 2, dtype=torch.float32)
-    for k in range(2):
-        place[..., k] = (s.ox * col("affine", 3 * k)).add_(s.oy * col("affine", 3 * k + 1))
-        place[..., k] += col("affine", 3 * k + 2)
-    place /= s.reach
-    options: dict[str, Any] = dict(mode="bilinear", padding_mode="border", align_corners=False)
-    grid = F.grid_sample(field, place, **options).permute(0, 2, 3, 1)
-    face = F.grid_sample(canvas, grid, **options)
+    grid = sample(field, place(s, v)).permute(0, 2, 3, 1)
+    return photograph(s, sample(canvas, grid), v, uniform, shifted)
 
-    # scene: background, colour temperature, noise
+
+def draws(family: Family, identity: int, instances: Array, shifted: bool) -> tuple[Array, Array]:
+    """An instance's own numbers: normal [N, 24], cut off at 2.2, and uniform [N, 28]."""
+    normal = np.empty((len(instances), 24), np.float32)
+    uniform = np.empty((len(instances), 28), np.float32)
+    for i, instance in enumerate(instances):
+        rng = generator(family.seed, identity, 1 + shifted, int(instance))
+        normal[i] = rng.standard_normal(24, dtype=np.float32)
+        uniform[i] = rng.random(28, dtype=np.float32)
+    return normal.clip(-2.2, 2.2), uniform
+
+
+def columns(numbers: dict[str, Array]) -> dict[str, torch.Tensor]:
+    """[N] or [N, K] numbers as tensors [N, 1, 1] or [N, K, 1, 1]: one for each image."""
+    return {
+        k: torch.from_numpy(np.ascontiguousarray(a))[..., None, None] for k, a in numbers.items()
+    }
+
+
+def shade(
+    canvas: torch.Tensor, normals: torch.Tensor, gloss: torch.Tensor, v: dict[str, torch.Tensor]
+) -> None:
+    """Lambert's shading and a highlight, on canvases [N, 4, A, A] in place."""
+    nx, ny, nz = normals
+    light = v["light"]
+    lambert = (nx * light[:, 0]).add_(ny * light[:, 1]).add_(nz * light[:, 2]).clamp_(0)
+    spot = lambert * lambert
+    spot = spot.mul_(spot).mul_(spot).mul_(gloss).mul_(canvas[:, 3]).mul_(v["highlight"])
+    lambert.mul_(v["diffuse"]).add_(v["ambient"])
+    for k in range(3):
+        canvas[:, k].mul_(lambert).add_(spot)
+
+
+def place(s: SimpleNamespace, v: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where on the canvas each pixel of an image looks, [N, S, S, 2], for `sample`."""
+    affine = v["affine"]
+    out = torch.empty(len(affine), s.size, s.size, 2, dtype=torch.float32)
+    for k in range(2):
+        out[..., k] = (s.ox * affine[:, 3 * k]).add_(s.oy * affine[:, 3 * k + 1])
+        out[..., k] += affine[:, 3 * k + 2]
+    out /= s.reach
+    return out
+
+
+def sample(canvas: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    return F.grid_sample(canvas, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def photograph(
+    s: SimpleNamespace,
+    layers: torch.Tensor,
+    v: dict[str, torch.Tensor],
+    uniform: Array,
+    shifted: bool,
+) -> Array:
+    """Premultiplied RGBA [N, 4, S, S] before a background, in coloured light, with noise: uint8
+    [N, 3, S, S]."""
     pick = torch.from_numpy((uniform[:, 1:3] * 96).astype(np.int64))
     blend, glow = s.fields[pick[:, 0]], s.fields[pick[:, 1]]
-    gap = 1 - face[:, 3]
-    image = face[:, :3]
+    gap = 1 - layers[:, 3]
+    image = layers[:, :3]
     noise = torch.empty_like(image)
     for i, (dx, dy) in enumerate((uniform[:, 3:5] * (2 * s.size)).astype(int)):
         noise[i] = s.noise[:, dy : dy + s.size, dx : dx + s.size]
     for k in range(3):
-        scene = (blend * col("scene", k)).add_(glow * col("scene", k + 3)).add_(col("scene", k + 6))
-        image[:, k].add_(scene.clamp_(0, 1).mul_(gap)).mul_(col("gain", k))
-    grey = image[:, 0].add(image[:, 1]).add_(image[:, 2]).mul_(1 / 3).mul_(col("faded"))
-    image.mul_(1 - col("faded")[:, None]).add_(grey[:, None])
+        a, b, c = (v["scene"][:, k + j] for j in (0, 3, 6))
+        scene = (blend * a).add_(glow * b).add_(c)
+        image[:, k].add_(scene.clamp_(0, 1).mul_(gap)).mul_(v["gain"][:, k])
+    grey = image[:, 0].add(image[:, 1]).add_(image[:, 2]).mul_(1 / 3).mul_(v["faded"])
+    image.mul_(1 - v["faded"][:, None]).add_(grey[:, None])
     if shifted:
         image = _worsen(image, v)
-    image = image.add(noise.mul_(v["noise"][:, None, None, None]))
+    image = image.add(noise.mul_(v["noise"][:, None]))
     return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8).numpy()
 
 
-def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array]:
+def conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array]:
     """What an instance varies, from its draws [N, 24] and [N, 28].
 
     Add, multiply, divide, square root only: exactly rounded, so the same in any batch.
@@ -720,7 +776,7 @@ def _conditions(normal: Array, uniform: Array, shifted: bool) -> dict[str, Array
 def _worsen(image: torch.Tensor, v: dict[str, torch.Tensor]) -> torch.Tensor:
     """The shifted conditions: blur, then 8x8 block DCT coefficients rounded as a codec does."""
     n, _, size, _ = image.shape
-    side = v["blur"][:, None, None, None]
+    side = v["blur"][:, None]
     for _ in range(round(size / 32)):  # so that the blur is the same share of the face
         for axis in (2, 3):
             edge = image.narrow(axis, 0, 1), image.narrow(axis, size - 1, 1)
@@ -733,7 +789,7 @@ def _worsen(image: torch.Tensor, v: dict[str, torch.Tensor]) -> torch.Tensor:
     dct = np.sqrt(np.where(k == 0, 1, 2) / 8)[:, None] * np.cos(np.pi * np.outer(k, k + 0.5) / 8)
     forward, backward = (torch.from_numpy(m.astype(np.float32)) for m in (dct, dct.T.copy()))
     coarser = np.tile(1 + 0.5 * (k[:, None] + k), (blocks, blocks)).astype(np.float32)
-    step = v["levels"][:, None, None, None] * torch.from_numpy(coarser)
+    step = v["levels"][:, None] * torch.from_numpy(coarser)
     for _ in range(2):  # rows, then columns: each time what was vertical becomes horizontal
         image = _vertically(image, forward).transpose(2, 3)
     image = (image / step).round_() * step
@@ -753,7 +809,7 @@ def _vertically(image: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def render(
-    faces: Faces,
+    family: Family,
     identities: Sequence[int] | Array,
     instances: Sequence[int] | Array,
     *,
@@ -762,20 +818,21 @@ def render(
 ) -> Array:
     """Images uint8 [N, 3, size, size] RGB of the paired lists identities [N] and instances [N].
 
-    An image depends on ``faces``, its identity, its instance and ``shifted`` only. ``workers``
-    processes share the identities when there are two or more; each takes seconds to start, so
-    that they pay from tens of thousands of images (threads do not: Python's lock serialises the
-    many small steps). Raises ValueError for lists of unequal length or negative numbers.
+    An image depends on ``family`` (Faces, or objects.Objects), its identity, its instance and
+    ``shifted`` only. ``workers`` processes share the identities when there are two or more; each
+    takes seconds to start, so that they pay from tens of thousands of images (threads do not:
+    Python's lock serialises the many small steps). Raises ValueError for lists of unequal length
+    or negative numbers.
     """
     who, which = np.asarray(identities, np.int64), np.asarray(instances, np.int64)
     if who.ndim != 1 or who.shape != which.shape:
         raise ValueError(f"identities {who.shape} and instances {which.shape} must be paired lists")
     if who.size and (who.min() < 0 or which.min() < 0):
         raise ValueError("identity and instance numbers must not be negative")
-    out = np.empty((len(who), 3, faces.size, faces.size), np.uint8)
+    out = np.empty((len(who), 3, family.size, family.size), np.uint8)
     order = np.argsort(who, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(who[order])) + 1) if len(who) else []
-    draw = functools.partial(_album, faces, shifted)
+    draw = functools.partial(family.draw, shifted)
     tasks = [(int(who[group[0]]), which[group]) for group in groups]
     if workers < 2:
         with _one_thread():
@@ -804,11 +861,3 @@ def _one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _album(faces: Faces, shifted: bool, task: tuple[int, Array]) -> Array:
-    """The instances [N] of one identity: task = (identity, instances)."""
-    identity, instances = task
-    person = _person(faces, identity)
-    parts = [instances[i : i + CHUNK] for i in range(0, len(instances), CHUNK)]
-    return np.concatenate([_draw(faces, person, identity, part, shifted) for part in parts])

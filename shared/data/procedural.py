@@ -1,11 +1,12 @@
-"""Procedural faces: the embedded data set every recipe trains on by default. No download.
+"""Procedural faces, the embedded data set every recipe trains on by default, and objects.
 
-Splits of disjoint people, pairs, gallery and probes, faces of mixed native sizes, a cache on disk
-and a contact sheet:
+No download. Splits of disjoint people or classes, pairs, gallery and probes, faces of mixed native
+sizes, a cache on disk and a contact sheet:
 
-    python -m shared.data.procedural --sheet out.png
+    python -m shared.data.procedural --family objects --sheet out.png
 
-How a face is drawn, and why the same face always has the same bits: `shared.data.portrait`.
+How a face is drawn, and why the same face always has the same bits: `shared.data.portrait`; an
+object: `shared.data.objects`. An identity is a person or a class of objects.
 """
 
 from __future__ import annotations
@@ -29,21 +30,32 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from shared.data.portrait import VERSION, Array, Faces, generator, render
+from shared.data import objects
+from shared.data.objects import Objects
+from shared.data.portrait import VERSION, Array, Faces, Family, generator, render
 
-__all__ = ["VERSION", "Faces", "gallery_probes", "native", "pairs", "render", "split"]
+__all__ = [
+    "VERSION", "Faces", "Family", "Objects", "Split", "gallery_probes", "native", "pairs",
+    "render", "split",
+]  # fmt: skip
 
 RANGE = 1_000_000  # identities a split may have
 FIRST = {"train": 0, "development": RANGE, "test": 2 * RANGE, "shifted": 2 * RANGE}
 NATIVE_FIRST = 3 * RANGE
+# Training identities again, in instances that training never shows: number of the first.
+KNOWN = {"known-development": RANGE, "known-test": 2 * RANGE, "known-shifted": 2 * RANGE}
+
+Split = Literal[
+    "train", "development", "test", "shifted", "known-development", "known-test", "known-shifted"
+]
 
 
 # -------------------------------------------------------------------------- splits and protocols
 
 
 def split(
-    faces: Faces,
-    name: Literal["train", "development", "test", "shifted"],
+    family: Family,
+    name: Split,
     identities: int,
     instances: int,
     *,
@@ -53,30 +65,41 @@ def split(
     """Pixels uint8 [N, 3, S, S] (memory-mapped, read-only) and labels int64 [N], 0..identities-1.
 
     Ordered by identity, then instance. Identities of train, development and test are disjoint;
-    shifted shows the test identities in other light, with noise, blur and compression artefacts.
-    Rendered once for each (VERSION, faces, name, identities, instances) into ``cache``; a damaged
-    file is rendered again. Raises ValueError for an unknown name or a number out of range, OSError
-    when the cache cannot be written.
+    known-development and known-test are those of train, in other instances. shifted and
+    known-shifted show what test and known-test do in other light, with noise, blur and compression
+    artefacts. Rendered once for each (VERSION, family, name, identities, instances) into ``cache``;
+    a damaged file is rendered again. Raises ValueError for an unknown name or a number out of
+    range, OSError when the cache cannot be written.
     """
-    if name not in FIRST:
-        raise ValueError(f"unknown split {name!r}; there are {', '.join(FIRST)}")
+    if name not in {**FIRST, **KNOWN}:
+        raise ValueError(f"unknown split {name!r}; there are {', '.join([*FIRST, *KNOWN])}")
     _check_count("identities", identities, RANGE)
     _check_count("instances", instances, RANGE)
-    parameters = dict(
-        version=VERSION, **asdict(faces), split=name, identities=identities, instances=instances
-    )
+    parameters = dict(**_made_by(family), split=name, identities=identities, instances=instances)
 
     def write(file: IO[bytes]) -> None:
-        shape = (identities * instances, 3, faces.size, faces.size)
+        shape = (identities * instances, 3, family.size, family.size)
         np.lib.format.write_array_header_1_0(
             file, dict(descr="|u1", fortran_order=False, shape=shape)
         )
         for who, which in _batches(identities, instances, name, progress):
-            pixels = render(faces, who + FIRST[name], which, shifted=name == "shifted")
-            file.write(pixels.data)
+            file.write(_drawn(family, name, who, which).data)
 
     path = _cached(Path(cache), f"procedural-{_key(parameters)}-{name}.npy", parameters, write)
     return np.load(path, mmap_mode="r"), np.repeat(np.arange(identities), instances)
+
+
+def _made_by(family: Family) -> dict[str, Any]:
+    """What the pixels depend on; for faces as it was when there were only faces."""
+    if isinstance(family, Objects):
+        return dict(family="objects", version=objects.VERSION, **asdict(family))
+    return dict(version=VERSION, **asdict(family))
+
+
+def _drawn(family: Family, name: str, who: Array, which: Array) -> Array:
+    """Images of a split, by identity and instance numbered from 0."""
+    who, which = who + FIRST.get(name, 0), which + KNOWN.get(name, 0)
+    return render(family, who, which, shifted=name.endswith("shifted"))
 
 
 @dataclass(frozen=True)
@@ -223,7 +246,7 @@ def _batches(
     step = max(1, 512 // instances)
     terminal = sys.stderr.isatty()
     start = said = time.monotonic()
-    with tqdm(total=identities * instances, desc=f"drawing {name} faces", unit="image",
+    with tqdm(total=identities * instances, desc=f"drawing {name} images", unit="image",
               disable=not (progress and terminal)) as bar:  # fmt: skip
         for first in range(0, identities, step):
             who = np.arange(first, min(first + step, identities))
@@ -233,7 +256,7 @@ def _batches(
                 said = time.monotonic()
                 done = (first + len(who)) / identities
                 left = (said - start) * (1 - done) / done
-                print(f"drawing {name} faces: {done:.0%}, {left:.0f} s left", file=sys.stderr)
+                print(f"drawing {name} images: {done:.0%}, {left:.0f} s left", file=sys.stderr)
 
 
 def _key(parameters: dict[str, Any]) -> str:
@@ -296,19 +319,17 @@ def _replacing(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
 # ----------------------------------------------------------------------------------------- sheet
 
 
-def sheet(faces: Faces, name: str, identities: int, instances: int, lr: int) -> Array:
+def sheet(family: Family, name: str, identities: int, instances: int, lr: int) -> Array:
     """Contact sheet uint8 [rows, columns, 3]: HR at the left, the same at ``lr`` at the right."""
-    who = np.repeat(np.arange(identities), instances) + FIRST[name]
-    pixels = render(
-        faces, who, np.tile(np.arange(instances), identities), shifted=name == "shifted"
-    )
+    who, which = np.divmod(np.arange(identities * instances), instances)
+    pixels = _drawn(family, name, who, which)
     small = F.interpolate(torch.from_numpy(pixels).float(), size=lr, mode="bicubic", antialias=True)
-    small = F.interpolate(small.round_().clamp_(0, 255), size=faces.size, mode="nearest")
+    small = F.interpolate(small.round_().clamp_(0, 255), size=family.size, mode="nearest")
     halves = [pixels, small.to(torch.uint8).numpy()]
-    shape = (identities, instances, 3, faces.size, faces.size)
+    shape = (identities, instances, 3, family.size, family.size)
     both = [h.reshape(shape).transpose(0, 3, 1, 4, 2) for h in halves]
-    rows = identities * faces.size
-    return np.concatenate([h.reshape(rows, instances * faces.size, 3) for h in both], axis=1)
+    rows = identities * family.size
+    return np.concatenate([h.reshape(rows, instances * family.size, 3) for h in both], axis=1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -320,7 +341,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="python -m shared.data.procedural", description=sheet.__doc__)
     parser.add_argument("--sheet", type=Path, required=True, metavar="OUT.png")
-    parser.add_argument("--split", choices=tuple(FIRST), default="train")
+    families = {"faces": Faces, "objects": Objects}
+    parser.add_argument("--family", choices=tuple(families), default="faces")
+    parser.add_argument("--split", choices=(*FIRST, *KNOWN), default="train")
     defaults = Faces()
     for option, value in (
         ("size", 64),
@@ -334,11 +357,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{option}", type=float, default=getattr(defaults, option))
     a = parser.parse_args(arguments)
     try:
-        faces = Faces(size=a.size, seed=a.seed, coarse=a.coarse, fine=a.fine)
+        family = families[a.family](size=a.size, seed=a.seed, coarse=a.coarse, fine=a.fine)
         _check_count("--identities", a.identities, 200)
         _check_count("--instances", a.instances, 100)
         _check_count("--lr", a.lr, a.size)
-        picture = sheet(faces, a.split, a.identities, a.instances, a.lr)
+        picture = sheet(family, a.split, a.identities, a.instances, a.lr)
         from matplotlib.image import imsave  # only the sheet needs it
 
         imsave(a.sheet, picture)

@@ -18,8 +18,8 @@ from torch import Tensor
 from shared.config import Data
 from shared.data import classification, faces, identification, procedural, retrieval
 from shared.data.align import placed
-from shared.data.items import Items, Joined, Subset
-from shared.data.pipeline import Images, prepared
+from shared.data.items import Boxed, Files, Items, Joined, Subset
+from shared.data.pipeline import Centred, Images, prepared
 
 Task = Literal["faces", "objects"]
 
@@ -37,6 +37,7 @@ class Evaluation:
     name: str
     task: Task
     images: Images
+    whole: Images | None = None  # what a student sees of them, where teachers see their boxes
     pairs: tuple[Tensor, Tensor, Tensor] | None = None
     gallery: Tensor | None = None
     probes: Tensor | None = None
@@ -47,6 +48,10 @@ class Evaluation:
     native: bool = False  # small by nature: `images` are at the LR size, there are no HR ones
     alignment: str = ""  # how faces were cut out, where that is known; see shared.data.align.placed
     notes: Mapping[str, object] = field(default_factory=dict)  # what a score must be told with
+
+    def as_student(self) -> Evaluation:
+        """Of what students see: with the whole pictures for `images`, where there are some."""
+        return self if self.whole is None else replace(self, images=self.whole, whole=None)
 
 
 def public_set(name: str, path: Path, data: Data) -> Evaluation:
@@ -172,10 +177,16 @@ def _probed(name: Literal["stl10", "tinyimagenet"], path: Path, data: Data) -> E
     """CRRCD Table IV: a linear layer on the frozen features of a network trained elsewhere."""
     data = replace(data, name=name, root=str(path), on_error="stop")
     parts = classification.read(data, path)
-    return Evaluation(name, "objects", parts.held_out["test"], fit=parts.train)
+    known = Centred(parts.train, data.hr)  # training images leave room for views
+    return Evaluation(name, "objects", parts.held_out["test"], fit=known)
 
 
-RECALL_AT = {"cub": (1, 2, 4, 8, 16), "cars196": (1, 2, 4, 8, 16), "sop": (1, 10, 100, 1000)}
+RECALL_AT = {
+    "cub": (1, 2, 4, 8, 16),
+    "cars196": (1, 2, 4, 8, 16),
+    "sop": (1, 10, 100, 1000),
+    "objects-retrieval": (1, 2, 4, 8),
+}
 
 
 def retrieved(kind: str, name: str, images: Images) -> Evaluation:
@@ -184,8 +195,23 @@ def retrieved(kind: str, name: str, images: Images) -> Evaluation:
     return Evaluation(name, "faces", images, recall_at=ks)
 
 
-def _retrieved(kind: str, found: retrieval.Retrieval, data: Data) -> Evaluation:
-    return retrieved(kind, kind, prepared(found.test, data, data.hr)[0])
+# Sets that give an object's box, and what it calls the first pixel: CUB's x, y are a distance.
+FIRST_PIXEL: dict[str, Literal[0, 1]] = {"cub": 0, "cars196": 1}
+
+
+def localised(kind: str, files: Files, data: Data) -> Items:
+    """What a teacher sees: pictures cut to their boxes where the student's are not localised."""
+    if data.quality != "unlocalised" or kind not in FIRST_PIXEL:
+        return files
+    return Boxed(files, FIRST_PIXEL[kind])
+
+
+def retrieved_test(kind: str, found: retrieval.Retrieval, data: Data) -> Evaluation:
+    """Recall@K of the test part of a retrieval set."""
+    items = localised(kind, found.test, data)
+    images, _ = prepared(items, data, data.hr)
+    whole = None if items is found.test else prepared(found.test, data, data.hr)[0]
+    return replace(retrieved(kind, kind, images), whole=whole)
 
 
 TEST_SETS: dict[str, Callable[[Path, Data], Evaluation]] = {
@@ -207,7 +233,9 @@ TEST_SETS: dict[str, Callable[[Path, Data], Evaluation]] = {
     "uccs": _uccs,
     "stl10": lambda path, data: _probed("stl10", path, data),
     "tinyimagenet": lambda path, data: _probed("tinyimagenet", path, data),
-    "cub": lambda path, data: _retrieved("cub", retrieval.cub(path, data.counts), data),
-    "cars196": lambda path, data: _retrieved("cars196", retrieval.cars196(path, data.counts), data),
-    "sop": lambda path, data: _retrieved("sop", retrieval.sop(path, data.counts), data),
+    "cub": lambda path, data: retrieved_test("cub", retrieval.cub(path, data.counts), data),
+    "cars196": lambda path, data: retrieved_test(
+        "cars196", retrieval.cars196(path, data.counts), data
+    ),
+    "sop": lambda path, data: retrieved_test("sop", retrieval.sop(path, data.counts), data),
 }

@@ -1,4 +1,4 @@
-"""P x K batches: P classes, K images of each, for losses that need pairs of one class in a batch.
+"""Which images make a batch: P classes, K images of each, for losses that need pairs of one class.
 
 Labels alone decide; no image is opened. There is no state: any epoch can be asked for.
 """
@@ -6,10 +6,22 @@ Labels alone decide; no image is opened. There is no state: any epoch can be ask
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Sampler(Protocol):
+    """What orders the images of an epoch (shared.data.pipeline.Loader)."""
+
+    size: int  # images of a global batch
+    steps: int  # batches of an epoch
+
+    def order(self, epoch: int) -> Tensor:
+        """Image numbers int64 [steps * size]: global batches, one after another."""
+        ...
 
 
 class PKSampler:
@@ -54,8 +66,19 @@ class PKSampler:
         if len(labels) < p * k:
             raise ValueError(f"{len(labels)} images do not fill a batch of {p} x {k}")
         self.p, self.k, self.seed, self.rank, self.world = p, k, seed, rank, world
-        self.steps = len(labels) // (p * k)
+        self.size = p * k
+        self.steps = len(labels) // self.size
         self.small = int((self.counts < k).sum())
+
+    @property
+    def note(self) -> str:
+        """A line to print where small classes repeat their images; else ""."""
+        if not self.small:
+            return ""
+        return (
+            f"{self.small:,} of {len(self.counts):,} classes have fewer than {self.k} images: "
+            "theirs are repeated within a batch"
+        )
 
     def order(self, epoch: int) -> Tensor:
         """Image numbers int64 [steps * P * K] of an epoch: global batches, one after another."""
@@ -99,3 +122,63 @@ class PKSampler:
                         other += 1
                     row[place], row[other] = row[other], row[place]
         return order
+
+
+class HalfLabelled:
+    """Batches of P x K labelled images, then `unlabelled` others: EmbedKD's Table 3.
+
+    labels: [N] whole numbers, of which only those with `labelled` (bool [N]) are looked at. The
+    labelled part of a batch is `PKSampler`'s, its classes one after the other; the others come in
+    one shuffled cycle an epoch, keyed by (seed, epoch), so that a batch has none of them twice. An
+    epoch is as many batches as the labelled images fill; with P = 0 there are only unlabelled ones,
+    and it is as many as those fill. unlabelled = 0: labelled ones alone.
+
+    Raises ValueError where classes or images are missing for a batch.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor | np.ndarray,
+        labelled: Tensor | np.ndarray,
+        classes_per_batch: int,
+        images_per_class: int,
+        *,
+        unlabelled: int,
+        seed: int,
+    ) -> None:
+        labels, known = torch.as_tensor(labels).cpu(), torch.as_tensor(labelled).cpu()
+        if known.dtype != torch.bool or known.shape != labels.shape:
+            raise ValueError(
+                f"labelled must be true or false for each of {len(labels):,} images, not "
+                f"{known.dtype} {list(known.shape)}"
+            )
+        self.known, self.other = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
+        if unlabelled < 0 or unlabelled > len(self.other):
+            raise ValueError(
+                f"{len(self.other):,} unlabelled images do not give {unlabelled} for a batch"
+            )
+        if not classes_per_batch and not unlabelled:
+            raise ValueError("P is 0 and no unlabelled image is asked for: nothing fills a batch")
+        self.pairs = None
+        if classes_per_batch:
+            self.pairs = PKSampler(labels[known], classes_per_batch, images_per_class, seed=seed)
+        self.unlabelled, self.seed = unlabelled, seed
+        self.labelled = self.pairs.size if self.pairs else 0  # of a batch; they come first
+        self.size = self.labelled + unlabelled
+        self.steps = self.pairs.steps if self.pairs else len(self.other) // unlabelled
+
+    @property
+    def note(self) -> str:
+        """See PKSampler.note."""
+        return self.pairs.note if self.pairs else ""
+
+    def order(self, epoch: int) -> Tensor:
+        """Image numbers int64 [steps * size] of an epoch: global batches, one after another."""
+        # another seed than PKSampler's, whose permutation it might repeat
+        generator = torch.Generator().manual_seed(~((self.seed << 20) + epoch))
+        cycle = self.other[torch.randperm(len(self.other), generator=generator)]
+        place = torch.arange(self.steps * self.unlabelled) % max(1, len(cycle))
+        parts = [cycle[place].view(self.steps, self.unlabelled)]
+        if self.pairs:
+            parts.insert(0, self.known[self.pairs.order(epoch)].view(self.steps, self.labelled))
+        return torch.cat(parts, dim=1).flatten()

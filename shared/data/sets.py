@@ -11,19 +11,22 @@ from typing import Literal
 import numpy as np
 
 from shared.config import Data, digest
-from shared.data import classification, faces, identification, procedural, retrieval
+from shared.data import classification, faces, identification, objects, procedural, retrieval
 from shared.data.align import Aligned, placed
 from shared.data.items import Files, Items, Subset, check_counts
-from shared.data.pipeline import Images, Resident, prepared
+from shared.data.pipeline import Images, Resident, centre, prepared
 from shared.data.protocols import (
+    FIRST_PIXEL,
     TEST_SETS,
     Evaluation,
     Task,
     check_alignment,
     face_folders,
     identities,
+    localised,
     public_set,
     retrieved,
+    retrieved_test,
 )
 from shared.data.recordio import RecordIODataset
 
@@ -45,6 +48,12 @@ class DataSet:
     alignment: str = ""  # how training faces were cut out; see shared.data.protocols.placed
     notes: Mapping[str, object] = field(default_factory=dict)  # for the run's record
     more_tests: Mapping[str, Callable[[], Evaluation]] = field(default_factory=dict)
+    train_whole: Images | None = None  # what the student sees of `train`, which is cut to boxes
+
+    @property
+    def selecting(self) -> Evaluation:
+        """What picks the best epoch, as a student sees it."""
+        return self.evaluations[self.selection].as_student()
 
     def tests(self) -> Iterator[tuple[str, Evaluation]]:
         """What to score on at the end, one after the other, and the name of each table.
@@ -77,12 +86,20 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
         raise ValueError(
             f"--data.lr {data.lr}: the LR size must lie between 1 and --data.hr {data.hr}"
         )
-    if data.test_sets and data.name in ("faces", *RETRIEVAL):
+    if data.test_sets and data.name in (*PROCEDURAL, *RETRIEVAL):
         raise ValueError(f"--data.test-sets: {data.name} has a test part of its own")
+    if data.quality == "unlocalised" and data.name not in FIRST_PIXEL:
+        raise ValueError(
+            f"--data.quality unlocalised: {data.name} has no boxes for the teacher to see (there "
+            f"are some in {', '.join(FIRST_PIXEL)})"
+        )
+    if data.kept > data.hr and data.name in NATIVE:
+        how = "--data.crop resized" if data.crop == "resized" else "--data.pad image"
+        raise ValueError(f"{how}: {data.name} has tight crops, there is nothing around a face")
     if data.landmarks and data.name not in (*FACE_SETS, "folder"):
         raise ValueError(f"--data.landmarks: {data.name} has no faces to align")
-    if data.name == "faces":
-        return _faces(data, cache, teacher_identities)
+    if data.name in PROCEDURAL:
+        return _procedural(data, cache, teacher_identities)
     if data.name in FACE_SETS:
         return _face_set(data)
     if data.name in RETRIEVAL:
@@ -119,32 +136,61 @@ def load(data: Data, *, cache: Path, teacher_identities: int = 0) -> DataSet:
     )
 
 
-def _faces(data: Data, cache: Path, teacher_identities: int) -> DataSet:
-    faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
-    identities = max(data.identities, teacher_identities)
-    pixels, labels = procedural.split(faces, "train", identities, data.instances, cache=cache)
+PROCEDURAL = ("faces", "objects", "objects-retrieval")
+TEST_INSTANCES = 6  # images of each test or development identity; faces: one is in the gallery
+DEVELOPMENT_INSTANCES = 4  # objects: images of each class, other than the training and test ones
+
+
+def _procedural(data: Data, cache: Path, teacher_identities: int) -> DataSet:
+    """faces, objects-retrieval: scored on other identities than the training ones. objects: on
+    other images of the same classes, which are the teacher's too."""
+    known = data.name == "objects"
+    identities = data.identities if known else max(data.identities, teacher_identities)
+    pixels, labels = procedural.split(
+        _family(data), "train", identities, data.instances, cache=cache
+    )
     own = data.identities * data.instances  # ordered by identity: the student's come first
-    evaluations: dict[str, Evaluation] = {}
-    held_out: dict[Literal["development", "test"], int] = {
-        "development": data.development,
-        "test": data.test,
-    }
-    for name, count in held_out.items():
-        images = Resident(*procedural.split(faces, name, count, TEST_INSTANCES, cache=cache))
-        evaluations[name] = face_folders(name, images)
+    held_out: tuple[HeldOut, ...] = ("development", "test") if data.development else ("test",)
     return DataSet(
-        task="faces",
+        task="objects" if known else "faces",
         train=Resident(pixels[:own], labels[:own]),
         classes=data.identities,
         teacher_train=Resident(pixels, labels),
         teacher_classes=identities,
-        evaluations=evaluations,
-        selection="development",
+        evaluations={name: _held_out(data, name, cache) for name in held_out},
+        selection=held_out[0],
         licence="procedural, of this project's own licence",
+        fingerprint="" if data.name == "faces" else f"objects {objects.VERSION}",
     )
 
 
-TEST_INSTANCES = 6  # images of each development or test identity: one in the gallery, five probes
+def _family(data: Data) -> procedural.Family:
+    kind = procedural.Faces if data.name == "faces" else procedural.Objects
+    return kind(size=data.kept, seed=data.seed, coarse=data.coarse, fine=data.fine)
+
+
+HeldOut = Literal["development", "test", "shifted"]
+
+
+def _held_out(data: Data, name: HeldOut, cache: Path) -> Evaluation:
+    split: procedural.Split = name
+    count = data.development if name == "development" else data.test
+    each = TEST_INSTANCES
+    if data.name == "objects":
+        known: dict[HeldOut, procedural.Split] = {
+            "development": "known-development",
+            "test": "known-test",
+            "shifted": "known-shifted",
+        }
+        split, count = known[name], data.identities
+        each = DEVELOPMENT_INSTANCES if name == "development" else TEST_INSTANCES
+    drawn, labels = procedural.split(_family(data), split, count, each, cache=cache)
+    images = Resident(centre(drawn, data.hr), labels)
+    if data.name == "faces":
+        return face_folders(name, images)
+    if data.name == "objects":
+        return Evaluation(name, "objects", images)
+    return retrieved(data.name, name, images)
 
 
 # -- training faces ------------------------------------------------------------------------------
@@ -343,11 +389,21 @@ def _retrieval_set(data: Data) -> DataSet:
     """Classes to train on, and other classes to retrieve images of."""
     root = _root(data)
     found = RETRIEVAL[data.name](root, data.counts)
-    train, classes, held, skipped = _divided(found.train, data)
-    asked, _ = prepared(found.test, data, data.hr)
-    evaluations = {"test": retrieved(data.name, "test", asked)}
+    items = localised(data.name, found.train, data)
+    if items is not found.train and data.on_error == "skip":
+        raise ValueError(
+            "--data.quality unlocalised: a picture and its box are two images, of which "
+            "--data.on-error skip might leave out one; say stop"
+        )
+    train, classes, held, skipped = _divided(items, data)
+    whole, held_whole, fingerprint = None, None, _fingerprint(found.train, data)
+    if items is not found.train:
+        whole, _, held_whole, _ = _divided(found.train, data)
+        fingerprint = digest(fingerprint, np.asarray(found.train.boxes).tolist())
+    evaluations = {"test": replace(retrieved_test(data.name, found, data), name="test")}
     if held is not None:
-        evaluations["development"] = retrieved(data.name, "development", held)
+        development = retrieved(data.name, "development", held)
+        evaluations["development"] = replace(development, whole=held_whole)
     return DataSet(
         task="faces",
         train=train,
@@ -357,8 +413,9 @@ def _retrieval_set(data: Data) -> DataSet:
         evaluations=evaluations,
         selection="development" if held is not None else "test",
         licence=LICENCES[data.name],
-        fingerprint=_fingerprint(found.train, data),
+        fingerprint=fingerprint,
         skipped=tuple(skipped),
+        train_whole=whole,
     )
 
 
@@ -370,7 +427,7 @@ def evaluation(
 ) -> Evaluation:
     """Something else to score a trained student on.
 
-    name: "shifted" (faces: the test identities under other lighting, noise, blur, compression),
+    name: "shifted" (procedural: the test classes under other lighting, noise, blur, compression),
     "folder" (ROOT/<class>/*; the classes in sorted order, or identities), a public test set of
     shared.data.protocols at `root`, or a split of the data set that `data` names ("test",
     "development"). classes: of the student. teachers: identities of its teacher, whose rendered
@@ -385,10 +442,8 @@ def evaluation(
         if found != classes:
             raise ValueError(f"--root {root}: {found} class folders, the student knows {classes}")
         return Evaluation(root, task, images)
-    if name == "shifted" and data.name == "faces":
-        faces = procedural.Faces(size=data.hr, seed=data.seed, coarse=data.coarse, fine=data.fine)
-        drawn = procedural.split(faces, "shifted", data.test, TEST_INSTANCES, cache=cache)
-        return face_folders("shifted", Resident(*drawn))
+    if name == "shifted" and data.name in PROCEDURAL:
+        return _held_out(data, "shifted", cache)
     if name in TEST_SETS and root:
         return public_set(name, Path(root).expanduser(), data)
     if name == "test" and data.name in FACE_SETS:  # without the training images
@@ -399,7 +454,8 @@ def evaluation(
         data = replace(data, test_sets=())
     splits = load(data, cache=cache, teacher_identities=teachers).evaluations
     if name not in splits:
-        more = ", shifted, native" if data.name == "faces" else ""
+        more = ", shifted" if data.name in PROCEDURAL else ""
+        more += ", native" if data.name == "faces" else ""
         known = ", ".join(TEST_SETS)
         raise ValueError(
             f"--on {name}: no such split (there are: {', '.join(splits)}{more}; with --root: "

@@ -11,7 +11,8 @@ differ, and has files of its own).
 Below CACHE/outputs/<teacher>-<key>/:
     embeddings  [views, N, D], of the type the network puts out: bf16 takes half the bytes
     logits      [views, N, classes] float32, where they fit too, of the same pass; else the head
-                makes them of the kept embeddings at each step, as it does live: the same bits
+                makes them of the kept embeddings at each step, as it does live: the same bits.
+                A teacher without classes has none
 and below CACHE/outputs/<data>-<key>/, for images that are decoded from files:
     lr          [views, N, 3 * lr * lr] uint8: a step then decodes no image at all
 The keys are made of all that decides the values. How files are checked: shared.data.kept.
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from shared.config import SCHEMA, Teacher, digest, locate
 from shared.data.kept import Rows, fill
-from shared.data.pipeline import Batch, Loader, Resident, Streaming, normalise
+from shared.data.pipeline import Batch, Images, Loader, Part, Resident, Streaming, normalise
 from shared.files import write_text
 from shared.run import Run, provenance
 
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 LR_PART = 256  # images
 # Fields of Data that decide no training image, nothing of a teacher's input, nothing of an LR view.
 _NEVER = ("test", "test_sets", "resident_gib", "workers")
-_NOT_HR = ("lr", "kernel", "antialias", "degradation", *_NEVER)
-_NOT_LR = ("mean", "std", *_NEVER)
+_NOT_HR = ("lr", "kernel", "antialias", "quality", "degradation", *_NEVER)
+_NOT_LR = ("mean", "std", "quality", *_NEVER)
 
 
 class TeacherCache:
@@ -66,7 +67,7 @@ class TeacherCache:
         made_by = {
             "network": [teacher.name, teacher.input, teacher.head, teacher.scale, network.classes],
             "weights": _sha256(network.state_dict().values()),
-            "images": _images(loader, fingerprint, _NOT_HR),
+            "images": _images(loader, loader.images, fingerprint, _NOT_HR),
             "computed": [run.precision, batch, torch.get_num_threads(), *machine],
         }
         self.folder = _folder(run, teacher.name, made_by)
@@ -75,9 +76,11 @@ class TeacherCache:
         self.z = Rows(self.folder / "logits", views, count, network.classes, torch.float32, batch)
         self.kept = [self.e]  # and self.z where it fits
         self.low: Rows | None = None
-        images, fixed = loader.images, loader.data.degradation == "plain"
-        if isinstance(images, Streaming) and images.on_error == "stop" and fixed:
-            made_by = {"images": _images(loader, fingerprint, _NOT_LR), "computed": machine}
+        fixed = loader.data.degradation == "plain" and loader.views.finite
+        seen = loader.seen.images if isinstance(loader.seen, Part) else loader.seen
+        if isinstance(seen, Streaming) and seen.on_error == "stop" and fixed:
+            made_by = {"images": _images(loader, loader.seen, fingerprint, _NOT_LR),
+                       "computed": machine}  # fmt: skip
             folder, width = _folder(run, loader.data.name, made_by), 3 * loader.data.lr**2
             self.low = Rows(folder / "lr", views, count, width, torch.uint8, LR_PART)
 
@@ -102,9 +105,11 @@ class TeacherCache:
         fill(run, loader.images, self.kept, views, self._make, "teacher's outputs")
         self.ready = True
         if self.low is not None and "lr" in kept:
-            fill(run, loader.images, [self.low], views, self._make_low, "LR views")
+            fill(run, loader.seen, [self.low], views, self._make_low, "LR views")
             loader.kept_low = self.low
         logits = "kept" if "logits" in kept else "by the head, of the kept embeddings"
+        if not self.network.classes:
+            logits = "none"
         run.note(teacher_outputs=dict(folder=str(self.folder), views=len(views), logits=logits))
 
     def _choose(self, passes: int) -> tuple[list[str] | None, str]:
@@ -112,6 +117,8 @@ class TeacherCache:
         c, views = self.teacher, self.loader.views.count
         if c.outputs == "never" or not passes:
             return None, ""
+        if not self.loader.views.finite:
+            return None, "--data.crop resized draws other views in every epoch"
         if c.outputs == "auto" and passes < views and not self.e.whole():
             return None, ""
         limit = int(c.outputs_gib * 2**30)
@@ -126,7 +133,7 @@ class TeacherCache:
         if self.low is not None and self.low.nbytes <= room:
             kept.append("lr")
             room -= self.low.nbytes
-        if self.z.nbytes <= room and (self.z.whole() or not self.e.whole()):
+        if 0 < self.z.nbytes <= room and (self.z.whole() or not self.e.whole()):
             kept.append("logits")
         return kept, ""
 
@@ -155,13 +162,18 @@ class TeacherCache:
         return [self.loader.low_view(pixels.to(self.run.device), view).flatten(1)]
 
 
-def _images(loader: Loader, fingerprint: str, without: Iterable[str]) -> list[Any]:
-    """What decides the views of a loader's images: settings, labels in their order, and content."""
+def _images(loader: Loader, images: Images, fingerprint: str, without: Iterable[str]) -> list[Any]:
+    """What decides the views of images: settings, labels in their order, and content."""
     settings = dataclasses.asdict(loader.data)
-    content = [loader.images.labels]
-    if isinstance(loader.images, Resident):
-        content.append(loader.images.pixels)
-    return [{k: settings[k] for k in settings.keys() - set(without)}, fingerprint, _sha256(content)]
+    kept = {k: settings[k] for k in settings.keys() - set(without)}
+    kept["box"] = loader.data.quality == "unlocalised"  # what the teacher sees of a picture
+    return [kept, fingerprint, _sha256(_content(images))]
+
+
+def _content(images: Images) -> list[Tensor]:
+    if isinstance(images, Part):
+        return [images.numbers, *_content(images.images)]
+    return [images.labels, images.pixels] if isinstance(images, Resident) else [images.labels]
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:

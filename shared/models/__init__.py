@@ -23,9 +23,9 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     """The network called `name`, freshly initialised.
 
     kwargs go to its constructor: `classes` (default 100) for the CIFAR family; `size` and `dim`
-    for the small embedding networks; those, `input` and `dropout` for the face networks; `dim` for
-    the retrieval networks and, for their ResNets, `weights`. "timm:NAME" is timm's model of that
-    name, with `classes` and what timm.create_model takes.
+    for the small embedding networks; those, `input` and `dropout` for the face networks; `width`
+    and `dim` for slim-resnet34; `dim` for the retrieval networks and, for their ResNets, `weights`.
+    "timm:NAME" is timm's model of that name, with `classes` and what timm.create_model takes.
     Raises ValueError for an unknown name.
     """
     if name.startswith("timm:"):
@@ -47,7 +47,7 @@ def build(name: str, *, size: int, classes: int, input: str = "native") -> nn.Mo
         raise ValueError(f"{name}: only iresnet and adaface networks enlarge their input")
     if name in cifar.MODELS or name.startswith("timm:"):
         return create(name, classes=classes)
-    if name in imagenet.MODELS:
+    if name in imagenet.MODELS or name == "slim-resnet34":  # of any size
         return create(name)
     return create(name, size=size)
 

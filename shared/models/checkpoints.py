@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -20,6 +20,10 @@ _PLACES = {
     "model": 'state dict under "model"',
     "state_dict": 'state dict under "state_dict"',
 }
+
+
+# What the networks of this folder call that which makes an embedding or logits of their last map.
+AFTER_TRUNK = ("embedding.", "linear.", "fc.", "classifier.", "bn.", "features.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,11 @@ class Loaded:
 
 
 def load_backbone(
-    model: nn.Module, path: str | os.PathLike[str], *, bgr: bool | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    bgr: bool | None = None,
+    trunk: bool = False,
 ) -> Loaded:
     """Copies a checkpoint's weights into `model`; every name and shape must agree.
 
@@ -60,9 +68,14 @@ def load_backbone(
     - AdaFace's: "model." in front and `head.*` are dropped, the modules get our names.
     - torchvision's ImageNet ResNets, for `RetrievalResNet`: `fc.*`, the classifier, is left out and
       the network's own `embedding.*` is kept.
+    - Of a whole recogniser (shared.models.recogniser.save) for its backbone: "backbone." in front
+      is dropped and the head left out.
 
     bgr: whether the weights are for BGR images; the stem's input channels are then exchanged, so
         that RGB images give what BGR ones gave. None: yes for AdaFace's files, no for others.
+    trunk: the file is where training starts, so what comes after the last map (embedding,
+        classifier: `AFTER_TRUNK`) may be missing, too much or of another shape; it is left out, and
+        the network's own stays as it was.
 
     Raises ValueError for names or shapes that do not agree (it lists them and `model` is left as
     it was), for `bgr` where no convolution sees three channels, and for a file that is truncated,
@@ -73,6 +86,8 @@ def load_backbone(
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state, found = _translated(model, state, layout, bgr)
+    if trunk:
+        state, found = _trunk_of(model, state, found)
     own = {name: value for name, value in model.state_dict().items() if name not in found.kept}
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -162,11 +177,28 @@ def _translated(
             ours = adaface_names(model.units)
             state = {_renamed(name, ours): tensor for name, tensor in state.items()}
         return state, Loaded(f"AdaFace, {layout}", left_out, bgr=bgr is not False)
+    if not hasattr(model, "backbone") and any(name.startswith("backbone.") for name in state):
+        left_out = tuple(name for name in state if not name.startswith("backbone."))
+        state = {n.removeprefix("backbone."): t for n, t in state.items() if n not in left_out}
+        return state, Loaded(f"backbone of a recogniser, {layout}", left_out, bgr=bgr is True)
     classifier, embedding = ("fc.weight", "fc.bias"), ("embedding.weight", "embedding.bias")
     if isinstance(model, RetrievalResNet) and state.keys() >= set(classifier):
         state = {name: tensor for name, tensor in state.items() if name not in classifier}
         return state, Loaded(f"torchvision, {layout}", classifier, embedding, bgr is True)
     return state, Loaded(layout, bgr=bgr is True)
+
+
+def _trunk_of(
+    model: nn.Module, state: dict[str, Tensor], found: Loaded
+) -> tuple[dict[str, Tensor], Loaded]:
+    """The entries less those after the trunk that do not fit, and these noted."""
+    own = model.state_dict()
+    after = [n for n in (state | own) if n.startswith(AFTER_TRUNK)]
+    unfit = {n for n in after if n not in own or n not in state or own[n].shape != state[n].shape}
+    left_out = (*found.left_out, *(n for n in state if n in unfit))
+    kept = dict.fromkeys((*found.kept, *(n for n in own if n in unfit)))
+    fitting = {name: tensor for name, tensor in state.items() if name not in unfit}
+    return fitting, replace(found, left_out=left_out, kept=tuple(kept))
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

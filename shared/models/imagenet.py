@@ -68,14 +68,21 @@ class RetrievalResNet(RetrievalNetwork):
 
         trunk: Any = models.get_model(name, weights=None)
         super().__init__(trunk.fc.in_features, dim)
-        if weights is not None:
-            trunk.load_state_dict(_published(name, weights))
+        self.name = name
         self.conv1 = trunk.conv1
         self.bn1 = trunk.bn1
         self.layer1: nn.Sequential = trunk.layer1
         self.layer2: nn.Sequential = trunk.layer2
         self.layer3: nn.Sequential = trunk.layer3
         self.layer4: nn.Sequential = trunk.layer4
+        if weights is not None:
+            self.load_published(weights)
+
+    def load_published(self, weights: str) -> None:
+        """Fill the trunk as `weights` of the constructor does; the embedding stays as it is."""
+        trunk = {k: v for k, v in _published(self.name, weights).items() if k[:3] != "fc."}
+        own = {k: v for k, v in self.state_dict().items() if k.startswith("embedding.")}
+        self.load_state_dict(trunk | own)
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         maps = {"stem": F.relu(self.bn1(self.conv1(x)))}
@@ -119,7 +126,8 @@ def _published(name: str, weights: str) -> dict[str, Tensor]:
         raise ValueError(
             f"weights 'imagenet' of {name} could not be had from {published.url} "
             f"({type(error).__name__}: {''.join(str(error).splitlines()[:1])[:80]}): "
-            "fetch that file elsewhere and load it with shared.models.checkpoints.load_backbone"
+            "fetch that file elsewhere and name it with --student.weights or --teacher.weights "
+            "(shared.models.checkpoints.load_backbone)"
         ) from error
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from shared.config import Data, Network
-from shared.data.pipeline import normalise
+from shared.config import Data, Network, Teacher
+from shared.data.pipeline import student_input
 from shared.data.protocols import Task
 from shared.degrade import low, to_uint8
 from shared.models import build, checkpoints, heads
+from shared.models.imagenet import RetrievalResNet
+
+if TYPE_CHECKING:
+    from shared.run import Run
 
 HEADS: dict[str, Callable[..., heads.CosineHead]] = {
     "arcface": heads.ArcFace,
@@ -29,7 +33,7 @@ class Recogniser(nn.Module):
     """backbone(x) -> (embedding [B, D], maps); logits(embedding, label) -> [B, classes].
 
     With a margin head, `label=None` gives the margin-free s * cos: what logit distillation and
-    scoring use.
+    scoring use. With head "none" there are no logits: [B, 0].
     """
 
     def __init__(self, network: Network, size: int, classes: int) -> None:
@@ -37,14 +41,16 @@ class Recogniser(nn.Module):
         self.backbone = build(network.name, size=size, classes=classes, input=network.input)
         self.classes = classes
         self.head: nn.Module | None = None
-        if network.head != "softmax":
+        self.classified = network.head != "none"
+        if network.head in HEADS:
             head = HEADS[network.head]
             self.head = head(self.dim, classes, scale=network.scale, margin=network.margin)
+        if network.head != "softmax":
             self._freeze_classifier()
         elif self.backbone.classes is None:
             raise ValueError(
                 f"{network.name} has no classifier of its own: give it a --student.head or "
-                f"--teacher.head ({', '.join(HEADS)})"
+                f"--teacher.head ({', '.join(HEADS)}, none)"
             )
 
     @property
@@ -52,8 +58,8 @@ class Recogniser(nn.Module):
         return int(self.backbone.dim)  # type: ignore[arg-type]
 
     def _freeze_classifier(self) -> None:
-        """A classifier that a margin head replaces gets no gradient: data-parallel training would
-        wait for it."""
+        """A classifier that is not used gets no gradient: data-parallel training would wait for
+        it."""
         if self.backbone.classes is None:
             return
         parameters = list(self.backbone.parameters())
@@ -69,12 +75,16 @@ class Recogniser(nn.Module):
             return next(self.parameters()).new_zeros(())
         return self.head.penalty  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] -> embedding [B, D]."""
-        return self.backbone(x)[0]
+    def forward(self, x: Tensor, maps: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Normalised images [B, 3, H, W] -> embedding [B, D]; with `maps`, (embedding, the
+        backbone's feature maps by name [B, C, h, w])."""
+        embedding, found = self.backbone(x)
+        return (embedding, found) if maps else embedding
 
     def logits(self, embedding: Tensor, label: Tensor | None = None) -> Tensor:
-        """[B, D] -> [B, classes] float32."""
+        """[B, D] -> [B, classes] float32; [B, 0] without classes."""
+        if not self.classified:
+            return embedding.new_zeros(len(embedding), 0, dtype=torch.float32)
         if self.head is None:
             with torch.autocast(embedding.device.type, enabled=False):
                 return self.backbone.classify(embedding.float())  # type: ignore[operator]
@@ -88,10 +98,70 @@ class Recogniser(nn.Module):
         return self.head.pair(embedding, label)  # type: ignore[operator]
 
 
+def begin(run: Run, network: Network, size: int, classes: int) -> Recogniser:
+    """A recogniser to be trained, on the run's device: fresh, but for what `network.weights` names.
+
+    Every rank has to call it: the first one downloads. To go on from a checkpoint or to load a
+    trained network, `Recogniser` is enough. Raises ValueError for weights that do not fit or cannot
+    be had.
+    """
+
+    def made() -> Recogniser:
+        recogniser = Recogniser(network, size, classes)
+        if network.weights:
+            run.say(f"{network.name}: {load_weights(recogniser, network)}")
+        return recogniser
+
+    return run.place(run.in_turn(made))
+
+
+def load_weights(recogniser: Recogniser, network: Network) -> str:
+    """Load what `network.weights` names into the backbone; returns a line that says what it was.
+
+    "imagenet": torchvision's, for its ResNets (shared.models.imagenet). Else a file of the same
+    architecture; what makes embedding or logits may be missing there and stays as it is.
+    """
+    flag = f"--{'teacher' if isinstance(network, Teacher) else 'student'}.weights"
+    backbone = recogniser.backbone
+    if network.weights != "imagenet":
+        path = Path(network.weights).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{flag} {path}: no such file (or imagenet)")
+        try:
+            found = checkpoints.load_backbone(backbone, path, trunk=True)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+        return f"starts from {path} ({found})"
+    if not isinstance(backbone, RetrievalResNet):
+        raise ValueError(
+            f"{flag} imagenet: torchvision has no such weights for {network.name}; give a file "
+            "of it, or take imagenet-resnet18, -resnet50 or -resnet101"
+        )
+    backbone.load_published("imagenet")
+    return "starts from torchvision's ImageNet weights, its embedding from random numbers"
+
+
+@torch.no_grad()
+def copy_matching(source: nn.Module, target: nn.Module) -> list[str]:
+    """Copy every parameter and buffer of `source` that has the name and shape of one in `target`.
+
+    Returns the names of `target` that were left as they were. For a student that starts from a
+    network of its own architecture for larger images.
+    """
+    found, left = source.state_dict(), []
+    for name, own in target.state_dict().items():
+        if name in found and found[name].shape == own.shape:
+            own.copy_(found[name])
+        else:
+            left.append(name)
+    return left
+
+
 class Student(nn.Module):
     """A trained student as it goes on a camera: LR images at native size in, one tensor out.
 
-    forward(x): x [B, 3, lr, lr], uint8 or float in [0, 1]. Faces: embedding [B, D], to be
+    forward(x): x [B, 3, lr, lr], uint8 or float in [0, 1]; enlarged here for a network that was
+    trained so (Data.quality "enlarged"). Faces: embedding [B, D], to be
     compared by cosine. Objects: logits [B, classes]. alignment: how its faces must be cut out
     ("arcface", "box+0.2", "whole"); empty where that is not known or there is nothing to cut.
     """
@@ -106,7 +176,7 @@ class Student(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = to_uint8(x) if x.is_floating_point() else x
-        embedding = self.recogniser(normalise(pixels, self.data))
+        embedding = self.recogniser(student_input(pixels, self.data))
         return embedding if self.task == "faces" else self.recogniser.logits(embedding)
 
 
@@ -129,9 +199,11 @@ def enrolled_reader(recogniser: Recogniser, data: Data) -> Callable[[Tensor], Te
     """As `reader`, for images that are enrolled at HR: resized to the network's own input size.
 
     For a network of native size that is what `reader` makes of them, by the same kernel: None. One
-    that enlarges its input (Network.input "upsample") takes them as they are.
+    whose input is enlarged (Network.input "upsample", Data.quality "enlarged") takes them as they
+    are.
     """
-    if getattr(recogniser.backbone, "input", "native") == "native":
+    native = getattr(recogniser.backbone, "input", "native") == "native"
+    if native and data.quality != "enlarged":
         return None
     student = Student(recogniser.eval(), data, "faces")
     device = next(recogniser.parameters()).device
@@ -166,7 +238,7 @@ def load_trained(
         there = sorted(p.stem for p in (folder / "students").glob("*.safetensors"))
         raise ValueError(f"{folder}: no student {path.stem!r} (there are: {', '.join(there)})")
     metadata = read_metadata(path)
-    recogniser = Recogniser(network, data.lr, int(metadata["classes"]))
+    recogniser = Recogniser(network, data.lr_input, int(metadata["classes"]))
     restore(recogniser, path)
     task, alignment = cast(Task, metadata["task"]), metadata.get("alignment", "")
     return Student(recogniser.eval(), data, task, alignment)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from shared.config import Data
 from shared.data import items
-from shared.data.items import Encoded, Files, check_counts, decode, fit
+from shared.data.items import Boxed, Encoded, Files, check_counts, decode, fit
 from shared.data.pipeline import Resident, Streaming, prepared
 
 
@@ -152,3 +152,51 @@ def test_a_jpeg_that_claims_too_many_pixels_is_refused_before_it_is_decoded() ->
     with pytest.raises(ValueError, match="x.jpg: .*pixels"):
         decode(bytes(data), "x.jpg")
     assert 65535**2 > items.MOST_PIXELS > 8000 * 6000
+
+
+# -- boxes ---------------------------------------------------------------------------------------
+
+
+def cut(tmp_path, first: int, *boxes: tuple[float, ...]) -> Boxed:
+    (tmp_path / "a.png").write_bytes(encoded(picture(), "PNG"))  # 20 rows, 30 columns
+    files = Files(tmp_path, ["a.png"] * len(boxes), [0] * len(boxes), np.array(boxes))
+    return Boxed(files, first)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "box", "rows", "columns"),
+    [
+        (0, (3, 2, 14, 9), (2, 9), (3, 14)),
+        (1, (4, 3, 14, 9), (2, 9), (3, 14)),  # both ends counted from 1
+        (0, (0, 0, 30, 20), (0, 20), (0, 30)),
+        (1, (1, 1, 30, 20), (0, 20), (0, 30)),
+        (0, (-4, -1, 5, 99), (0, 20), (0, 5)),  # what is in the picture
+        (0, (2.4, 2.6, 7.4, 9.6), (3, 10), (2, 7)),  # rounded
+        (1, (30, 20, 30, 20), (19, 20), (29, 30)),  # one pixel
+    ],
+)
+def test_a_box_is_a_slice_of_the_picture(tmp_path, first, box, rows, columns) -> None:
+    found = cut(tmp_path, first, box)
+    whole = np.array(picture())
+    assert np.array_equal(found.image(0), whole[slice(*rows), slice(*columns)])
+    assert found.name(0) == "a.png" and len(found) == 1 and found.labels.tolist() == [0]
+    assert np.array_equal(pickle.loads(pickle.dumps(found)).image(0), found.image(0))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(30, 2, 40, 9), (3, 20, 9, 25), (-9, 2, 0, 9), (3, -9, 9, 0), (5, 5, 5.2, 9), (9, 5, 3, 9)],
+)
+def test_a_box_without_a_pixel_of_the_picture_is_named(tmp_path, box) -> None:
+    found = cut(tmp_path, 0, (3, 2, 14, 9), box)
+    words = r"a\.png: its box \(.*\) holds no pixel of the picture of 30 x 20 px$"
+    with pytest.raises(ValueError, match=words):
+        found.image(1)
+    assert found.image(0).shape == (7, 11, 3)
+    with pytest.raises(ValueError, match="a.png: its box"):
+        prepared(found, Data(), 8)
+
+
+def test_files_without_boxes_cannot_be_cut(tmp_path) -> None:
+    with pytest.raises(ValueError, match="these images have no boxes"):
+        Boxed(Files(tmp_path, ["a.png"], [0]), 0)

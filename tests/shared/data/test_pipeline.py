@@ -7,17 +7,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared.config import Data
+from shared.data.crops import boxes
+from shared.data.crops import resized as cut_out
+from shared.data.items import Encoded
 from shared.data.pipeline import (
+    Centred,
+    Images,
     Loader,
+    Part,
     Resident,
     Streaming,
     Views,
+    centre,
+    enlarged,
     normalise,
+    prepared,
+    student_input,
     upsampled_input,
 )
-from shared.data.samplers import PKSampler
+from shared.data.samplers import HalfLabelled, PKSampler
 from shared.degrade import downsample, keys, low, realistic, to_float
 
 CPU = torch.device("cpu")
@@ -249,7 +260,7 @@ def test_a_p_x_k_sampler_orders_the_batches_of_every_rank() -> None:
         assert y.view(4, 3).eq(y.view(4, 3)[:, :1]).all() and len(y[::3].unique()) == 4
         assert torch.equal(first.y, labels[first.index])
         assert first.x_l().shape == (6, 3, 4, 4)
-    with pytest.raises(ValueError, match="a batch of 10 is not 4 classes x 3 images"):
+    with pytest.raises(ValueError, match="a batch of 10 is not the 12 images of the sampler's"):
         Loader(images, DATA, 10, seed=1, device=CPU, sampler=samplers[0])
 
 
@@ -268,3 +279,223 @@ def test_realistic_views_can_be_replayed_and_change_with_the_epoch() -> None:
     x = to_float(images.pixels[:1])
     expected = realistic(x, 4, keys(3, torch.tensor([0]), 1), mode="bicubic", antialias=True)
     assert torch.allclose(seen[1, 0] * 0.5 + 0.5, expected[0], atol=1e-6)
+
+
+# -- pictures that leave room for crops ----------------------------------------------------------
+
+ROOM = replace(DATA, pad="image")  # 20 px kept, views of 16
+RANDOM = Data(hr=14, lr=4, crop="resized")  # 16 px kept
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_views_of_pictures_with_room_are_plain_slices_of_them(flip: bool) -> None:
+    views, x = Views(replace(ROOM, flip=flip)), pixels(1, 20)
+    assert views.count == (2 if flip else 1) * 25
+    seen = set()
+    for view in range(views.count):
+        dy, dx, mirrored = (int(t[view]) for t in (views.dy, views.dx, views.mirrored))
+        seen.add((dy, dx, mirrored))
+        expected = x[0, :, 2 + dy : 18 + dy, 2 + dx : 18 + dx]
+        expected = expected.flip(-1) if mirrored else expected
+        assert torch.equal(views.apply(x, torch.tensor([view]))[0], expected)
+    assert len(seen) == views.count
+    assert torch.equal(views.apply(x, torch.tensor([views.identity])), x[:, :, 2:18, 2:18])
+    alone = Views(replace(ROOM, shift=0, flip=False))
+    assert torch.equal(alone.apply(x, torch.tensor([0])), x)
+
+
+def test_a_picture_is_resized_whole_and_evaluations_see_its_centre() -> None:
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 30, 47, 3), dtype=np.uint8)
+    items = Encoded("some", list(drawn), np.arange(3))
+    for data, side, size in ((ROOM, 20, 16), (RANDOM, 16, 14), (replace(RANDOM, hr=12), 13, 12)):
+        first = (side - size) // 2
+        for gib in (4.0, 0.0):
+            how = replace(data, resident_gib=gib, workers=0)
+            train, _ = prepared(items, how, data.hr, role="training")
+            test, _ = prepared(items, how, data.hr)
+            both = (next(images.batches([torch.arange(3)]))[1] for images in (train, test))
+            for k, (whole, middle) in enumerate(zip(*both, strict=True)):
+                expected = Image.fromarray(drawn[k]).resize((side, side), Image.Resampling.BICUBIC)
+                assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.array(expected))
+                part = slice(first, first + size)
+                assert torch.equal(middle, whole[:, part, part])
+    tight, _ = prepared(items, ROOM, 4, whole=True, role="training")
+    assert tight.pixels.shape == (3, 3, 4, 4)  # type: ignore[attr-defined]
+
+
+def with_room(data: Data, images: Images | None = None, size: int = 5, **kwargs) -> Loader:
+    images = images or Resident(pixels(23, data.kept), torch.arange(23) % 4)
+    return Loader(images, data, size, seed=kwargs.pop("seed", 1), device=CPU, **kwargs)
+
+
+def levels(x: torch.Tensor) -> torch.Tensor:
+    """Normalised images as uint8."""
+    return ((x / 2 + 0.5) * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("data", [ROOM, RANDOM])
+def test_plain_images_are_the_centres_and_so_is_the_identity(data: Data) -> None:
+    loader = with_room(data)
+    kept = loader.images.pixels  # type: ignore[attr-defined]
+    middle = centre(kept, data.hr)
+    for index, x, y in loader.plain():
+        assert torch.equal(levels(x), middle[index]) and torch.equal(y, index % 4)
+    identity = torch.full((23,), loader.views.identity)
+    assert torch.equal(loader.views.apply(kept, identity), middle)
+    expected = low(middle, 4, mode="bicubic", antialias=True)
+    assert torch.equal(loader.low_view(kept, loader.views.identity), expected)
+    shown = Centred(loader.images, data.hr)
+    assert len(shown) == 23 and torch.equal(shown.labels, loader.images.labels)
+    ((index, seen),) = shown.batches([torch.tensor([4, 2])])
+    assert torch.equal(seen, middle[index])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_random_parts_depend_on_seed_image_and_epoch_and_hr_and_lr_share_them(streamed) -> None:
+    kept = pixels(23, 16)
+    images: Images = Resident(kept, torch.arange(23) % 4)
+    if streamed:
+        images = Streaming(kept.__getitem__, torch.arange(23) % 4, workers=0, on_error="stop")
+    loader = with_room(RANDOM, images)
+    assert not loader.views.finite and Views(ROOM).finite
+    seen = {}
+    for epoch in (0, 1):
+        for batch in loader.epoch(epoch):
+            x_h, x_l = levels(batch.x_h()), batch.x_l()
+            box = boxes(keys(1, batch.index, epoch), 16)
+            expected = cut_out(kept[batch.index], box, 14, loader.views.mirrored[batch.view])
+            assert torch.equal(x_h, expected)
+            small = low(expected, 4, mode="bicubic", antialias=True)
+            assert torch.equal(x_l, normalise(small, RANDOM))
+            seen |= {(epoch, int(i)): x for i, x in zip(batch.index, x_h, strict=True)}
+    for batch in with_room(RANDOM, images, size=2).epoch(1, start=3):
+        for i, view, x in zip(batch.index, batch.view, levels(batch.x_h()), strict=True):
+            part = boxes(keys(1, i[None], 1), 16)
+            mirrored = loader.views.mirrored[view][None]
+            assert torch.equal(x, cut_out(kept[i][None], part, 14, mirrored)[0])
+    both = [i for i in range(23) if (0, i) in seen and (1, i) in seen]
+    assert both and not any(torch.equal(seen[0, i], seen[1, i]) for i in both)
+
+
+def test_half_of_the_random_parts_are_mirrored_and_none_without_flip() -> None:
+    views = torch.cat([b.view for e in range(20) for b in with_room(RANDOM).epoch(e)])
+    share = float(Views(RANDOM).mirrored[views].float().mean())
+    assert abs(share - 0.5) < 4 * 0.5 / len(views) ** 0.5
+    assert not Views(replace(RANDOM, flip=False)).mirrored.any()
+
+
+def test_an_image_that_comes_again_in_an_epoch_shows_another_part() -> None:
+    labels = torch.tensor([0] * 2 + [1] * 10)
+    images = Resident(pixels(1, 16).expand(12, -1, -1, -1).contiguous(), labels)
+    sampler = PKSampler(labels, 2, 4, seed=0)
+    data = replace(RANDOM, flip=False)
+    (batch,) = with_room(data, images, size=8, sampler=sampler).epoch(0)
+    again = [levels(x) for i, x in zip(batch.index, batch.x_h(), strict=True) if i == 0]
+    assert len(again) == 2 and not torch.equal(*again)
+    first = boxes(keys(1, torch.tensor([0]), 0), 16)
+    assert torch.equal(again[0], cut_out(images.pixels[:1], first, 14, torch.tensor([False]))[0])
+
+
+# -- what the student sees -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degradation", ["plain", "realistic"])
+def test_enlarged_is_the_lr_image_brought_back_to_hr_px(degradation) -> None:
+    data = replace(DATA, degradation=degradation)
+    small, large = (with_room(replace(data, quality=q)) for q in ("small", "enlarged"))
+    for a, b in zip(large.epoch(2), small.epoch(2), strict=True):
+        expected = torch.nn.functional.interpolate(
+            (levels(b.x_l()).double() / 255), size=(16, 16), mode="bicubic", align_corners=False
+        )
+        assert a.x_l().shape == (5, 3, 16, 16) and torch.equal(a.x_h(), b.x_h())
+        found = levels(a.x_l()).double() / 255
+        assert (found - expected.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+        if degradation == "plain":  # what a teacher is shown of LR images
+            assert torch.equal(a.x_l(), upsampled_input(levels(a.x_h()), data))
+
+
+def test_an_lr_image_of_the_hr_size_is_the_view_itself_and_nothing_is_kept() -> None:
+    for quality in ("small", "enlarged"):
+        loader = with_room(replace(DATA, lr=16, quality=quality))
+        for batch in loader.epoch(0):
+            assert torch.equal(batch.x_l(), batch.x_h())
+        assert loader._low is None
+
+
+def test_the_inputs_side_is_the_configurations() -> None:
+    x = pixels(2, 4)
+    assert student_input(x, DATA).shape[-1] == DATA.lr_input == 4
+    large = replace(DATA, quality="enlarged")
+    assert student_input(x, large).shape[-1] == large.lr_input == 16
+    assert torch.equal(student_input(x, large), normalise(enlarged(x, 16), DATA))
+
+
+@pytest.mark.parametrize("data", [ROOM, RANDOM, DATA])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("lr", [4, None])
+def test_the_whole_picture_is_seen_by_the_student_in_the_teachers_view(data, streamed, lr) -> None:
+    data = replace(data, quality="unlocalised", lr=lr or data.hr)
+    labels = torch.arange(23) % 4
+    kept = [pixels(23, data.kept, seed) for seed in (0, 1)]
+    box, whole = (
+        Streaming(x.__getitem__, labels, workers=0, on_error="stop") if streamed
+        else Resident(x, labels) for x in kept
+    )  # fmt: skip
+    loader = with_room(data, box, whole=whole)
+    for batch, alone in zip(loader.epoch(1), with_room(data, whole).epoch(1), strict=True):
+        assert torch.equal(batch.index, alone.index)
+        expected = low(levels(alone.x_h()), data.lr, mode="bicubic", antialias=True)
+        assert torch.equal(batch.x_l(), normalise(expected, data))
+        with pytest.raises(ValueError, match="--data.quality unlocalised: this training knows no"):
+            alone.x_l()
+    teachers = with_room(replace(data, quality="small"), box)
+    for a, b in zip(loader.epoch(1), teachers.epoch(1), strict=True):
+        assert torch.equal(a.x_h(), b.x_h())
+
+
+def test_whole_pictures_must_be_those_of_the_parts() -> None:
+    one, other = (Resident(pixels(9), torch.arange(9) % k) for k in (2, 3))
+    with pytest.raises(ValueError, match="whole pictures and their parts differ"):
+        Loader(one, DATA, 3, seed=0, device=CPU, whole=other)
+
+
+# -- some of the images --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_part_has_the_images_and_labels_of_its_numbers(streamed: bool) -> None:
+    numbers = torch.tensor([9, 2, 22, 5, 0, 14])
+    labels = torch.arange(23) % 4
+    images: Images = Resident(pixels(23), labels)
+    if streamed:
+        images = Streaming(Decode((3,)), labels, workers=0, on_error="stop")
+    part = Part(images, numbers)
+    assert len(part) == 6 and part.labels.tolist() == labels[numbers].tolist()
+    order = [torch.tensor([5, 0]), torch.tensor([2, 2, 3])]
+    for wanted, (index, seen) in zip(order, part.batches(order), strict=True):
+        assert torch.equal(index, wanted)
+        assert torch.equal(seen, pixels(23)[numbers[wanted]])
+    copy = Resident(pixels(23)[numbers], labels[numbers])
+    loaders = (Loader(some, DATA, 3, seed=4, device=CPU) for some in (part, copy))
+    for a, b in zip(*(loader.epoch(1) for loader in loaders), strict=True):
+        assert torch.equal(a.index, b.index) and torch.equal(a.y, b.y)
+        assert torch.equal(a.x_h(), b.x_h()) and torch.equal(a.x_l(), b.x_l())
+
+
+def test_a_stand_in_has_its_number_in_the_part() -> None:
+    stream = Streaming(Decode((3,)), torch.arange(23), workers=0, on_error="skip")
+    part = Part(stream, torch.tensor([8, 3, 6]))
+    ((index, seen),) = part.batches([torch.arange(3)])
+    assert index.tolist() == [0, 0, 2] and torch.equal(seen, pixels(23)[[8, 8, 6]])
+
+
+def test_labelled_and_other_images_share_a_loaders_batches() -> None:
+    labels, known = torch.arange(24) % 4, torch.arange(24) < 8
+    images = Resident(pixels(24), labels)
+    sampler = HalfLabelled(labels, known, 2, 2, unlabelled=14, seed=1)
+    loader = Loader(images, DATA, 18, seed=1, device=CPU, sampler=sampler)
+    assert loader.steps == 2  # 36 places of 24 images
+    for batch in loader.epoch(0):
+        assert known[batch.index[:4]].all() and not known[batch.index[4:]].any()
+        moved = loader.views.apply(images.pixels[batch.index], batch.view)
+        assert torch.equal(batch.x_h(), normalise(moved, DATA))

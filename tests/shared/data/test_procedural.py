@@ -71,7 +71,7 @@ def test_callers_random_states_and_default_dtype_do_not_matter() -> None:
     assert np.array_equal(np.random.get_state()[1], states[1])
     torch.set_default_dtype(torch.float64)
     try:
-        portrait._stage.cache_clear()
+        portrait.stage.cache_clear()
         assert np.array_equal(render(SMALL, [1], [1]), expected)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -179,7 +179,7 @@ def test_two_instances_differ_in_pose_but_identity_is_closer_than_strangers() ->
 
 def test_skin_is_never_green() -> None:
     """Skin has red > green > blue, from the lightest to the darkest."""
-    stage = portrait._stage(64)
+    stage = portrait.stage(64)
     tones = [portrait._Painter(stage, portrait._numbers(Faces(), i)).skin for i in range(200)]
     assert all(red > green > blue for red, green, blue in tones)
     brightness = [tone.mean() for tone in tones]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.samplers import PKSampler
+from shared.data.samplers import HalfLabelled, PKSampler
 
 
 @st.composite
@@ -130,8 +130,13 @@ def test_over_the_epochs_every_image_of_a_large_class_is_seen():
     assert seen == set(range(424)) and sampler.small == 0
 
 
-def test_small_classes_are_counted():
-    assert PKSampler(np.repeat([5, 7, 9], [1, 3, 8]), 2, 4, seed=0).small == 2
+def test_small_classes_are_counted_and_told_of():
+    few = PKSampler(np.repeat([5, 7, 9], [1, 3, 8]), 2, 4, seed=0)
+    assert few.small == 2 and few.size == 8
+    assert few.note == (
+        "2 of 3 classes have fewer than 4 images: theirs are repeated within a batch"
+    )
+    assert PKSampler(np.arange(40) % 4, 2, 4, seed=0).note == ""
 
 
 @pytest.mark.parametrize(
@@ -163,3 +168,81 @@ def test_five_million_labels_are_sampled_within_the_budget_of_this_file():
     assert (classes[:, :, 0].sort(dim=1).values.diff(dim=1) > 0).all()
     visits = classes[:, :, 0].flatten().bincount(minlength=93431)
     assert visits.max() - visits.min() <= 1
+
+
+# -- some labelled, others not -------------------------------------------------------------------
+
+
+@st.composite
+def halves(draw):
+    """(labels, labelled, P, K, unlabelled) of which at least one batch can be made."""
+    labels, p, k = draw(samplers())
+    more = draw(st.integers(1, 30))
+    both = np.concatenate([labels, np.full(more, -1)])
+    known = np.arange(len(both)) < len(labels)
+    order = np.random.default_rng(draw(st.integers(0, 99))).permutation(len(both))
+    return both[order], known[order], p, k, draw(st.integers(0, more))
+
+
+@given(halves(), st.integers(0, 5))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_a_batch_is_pk_labelled_images_then_others_each_once_a_cycle(case, epoch):
+    labels, known, p, k, count = case
+    sampler = HalfLabelled(labels, known, p, k, unlabelled=count, seed=3)
+    assert sampler.labelled == p * k and sampler.size == p * k + count
+    assert sampler.steps == known.sum() // (p * k)
+    order = sampler.order(epoch).view(sampler.steps, sampler.size)
+    numbers = np.flatnonzero(known)
+    pairs = PKSampler(labels[known], p, k, seed=3)
+    assert torch.equal(order[:, : p * k].flatten(), torch.tensor(numbers)[pairs.order(epoch)])
+    others = order[:, p * k :].flatten().tolist()
+    assert not known[others].any() and sampler.note == pairs.note
+    for batch in order[:, p * k :].tolist():
+        assert len(set(batch)) == count
+    cycle = int((~known).sum())
+    for n in range(0, len(others), cycle):  # every image of a cycle once, in one order
+        assert len(set(others[n : n + cycle])) == len(others[n : n + cycle])
+        assert others[n : n + cycle] == others[: min(cycle, len(others) - n)]
+    assert torch.equal(sampler.order(epoch).view(order.shape), order)
+
+
+@given(halves(), st.integers(0, 5))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_without_labelled_images_batches_are_of_the_others_alone(case, epoch):
+    labels, known, _, k, count = case
+    if not count:
+        return
+    sampler = HalfLabelled(labels, known, 0, k, unlabelled=count, seed=3)
+    assert sampler.steps == (~known).sum() // count and sampler.size == count
+    order = sampler.order(epoch).tolist()
+    assert len(set(order)) == len(order) == sampler.steps * count
+    assert not known[order].any() and sampler.note == ""
+
+
+def test_unlabelled_images_change_with_seed_and_epoch_and_follow_no_labelled_order():
+    labels, known = np.arange(200) % 10, np.arange(200) % 2 == 0
+    orders = [
+        tuple(HalfLabelled(labels, known, 2, 5, unlabelled=10, seed=s).order(e).tolist())
+        for s in (0, 1) for e in (0, 1)
+    ]  # fmt: skip
+    assert len(set(orders)) == 4
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    sampler = HalfLabelled(labels, known, 2, 5, unlabelled=10, seed=0)
+    first = sampler.order(0).view(-1, 20)[:, 10:].flatten()
+    assert not torch.equal(first, 1 + 2 * shuffled)
+
+
+@pytest.mark.parametrize(
+    ("known", "p", "unlabelled", "words"),
+    [
+        (np.arange(12) < 6, 2, 7, "6 unlabelled images do not give 7 for a batch"),
+        (np.arange(12) < 6, 2, -1, "do not give -1"),
+        (np.arange(12) < 6, 0, 0, "nothing fills a batch"),
+        (np.arange(12) < 6, 4, 2, "3 classes do not fill a batch of P = 4"),
+        (np.arange(12), 2, 2, "labelled must be true or false for each of 12 images"),
+        (np.ones(11, bool), 2, 0, r"each of 12 images, not torch.bool \[11\]"),
+    ],
+)
+def test_halves_that_cannot_be_sampled_are_refused(known, p, unlabelled, words):
+    with pytest.raises(ValueError, match=words):
+        HalfLabelled(np.arange(12) % 3, known, p, 2, unlabelled=unlabelled, seed=0)

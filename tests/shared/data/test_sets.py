@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -10,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from crrcd.eval import evaluate
 from crrcd.train import load_student, train
 from shared.config import Data
 from shared.data import align, classification, sets
 from shared.data.items import fit
+from shared.data.pipeline import Loader, normalise
 from shared.data.protocols import TEST_SETS, public_set
-from shared.data.sets import FACE_SETS, LICENCES, RETRIEVAL, load
+from shared.data.sets import FACE_SETS, LICENCES, RETRIEVAL, evaluation, load
+from shared.degrade import low
 from tests.conftest import tiny
 from tests.shared.data import trees
 
@@ -254,3 +258,154 @@ def test_identities_of_a_folder_are_aligned_where_landmarks_are_given(
     points = [[10, 12], [22, 12], [16, 17], [11, 24], [21, 24]]
     cut = align.align(trees.people(1, 1)[0, 0], points)
     assert torch.equal(first, fit(cut, 32))
+
+
+# -- crops of pictures, and what of them is localised --------------------------------------------
+
+CROPS = Data(
+    name="cub", hr=8, lr=4, shift=2, shift_step=1, pad="image", counts="any", development=10,
+    workers=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """cub/ and cars196/ of the same noise [200, 2, 14, 19, 3], each with a box."""
+    root = tmp_path_factory.mktemp("boxed")
+    noise = np.random.default_rng(1).integers(0, 256, (200, 2, 14, 19, 3), dtype=np.uint8)
+    trees.write_cub(root / "cub", noise, box=(3.0, 2.0, 11.0, 7.0))
+    trees.write_cars(root / "cars196", noise[:196], box=(4, 3, 14, 9))
+    trees.write_cub(root / "off", noise, box=(19.0, 2.0, 5.0, 5.0))
+    return root, noise
+
+
+def squeezed(picture: np.ndarray, side: int = 12) -> torch.Tensor:
+    resized = Image.fromarray(np.ascontiguousarray(picture)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def pictures(name: str, noise: np.ndarray, part: str) -> list[np.ndarray]:
+    """In the lists' order: of the CSV release official training images come first."""
+    half = 100 if name == "cub" else 98
+    own = noise[:half] if part == "train" else noise[half : 2 * half]
+    if name == "cub":
+        return list(own.reshape(-1, *own.shape[2:]))
+    return [*own[:, 0], *own[:, 1]]
+
+
+@pytest.mark.parametrize("name", ["cub", "cars196"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_unlocalised_shows_the_box_to_the_teacher_and_all_of_it_to_the_student(
+    boxed, cache: Path, name: str, streamed: bool
+) -> None:
+    """Rows 2 to 8, columns 3 to 13: CUB has x, y, width, height, Cars corners counted from 1."""
+    root, noise = boxed
+    data = replace(CROPS, name=name, root=str(root / name), quality="unlocalised",
+                   resident_gib=0.0 if streamed else 4.0)  # fmt: skip
+    found = load(data, cache=cache)
+    assert found.train_whole is not None
+    known = pictures(name, noise, "train")
+    labels = found.train.labels.tolist()
+    # the last ten classes are kept for development
+    kept = [i for i in range(len(known)) if (i // 2 < 90 if name == "cub" else i % 98 < 88)]
+    assert labels == [(i // 2 if name == "cub" else i % 98) for i in kept]
+    loader = Loader(found.train, data, 6, seed=2, device=torch.device("cpu"),
+                    whole=found.train_whole)  # fmt: skip
+    views = loader.views
+    for batch in itertools.islice(loader.epoch(1), 4):
+        for k, (i, view) in enumerate(zip(batch.index.tolist(), batch.view.tolist(), strict=True)):
+            picture = known[kept[i]]
+            y, x = 2 + int(views.dy[view]), 2 + int(views.dx[view])
+            both = [squeezed(p)[:, y : y + 8, x : x + 8] for p in (picture[2:9, 3:14], picture)]
+            part, whole = (p.flip(-1) if views.mirrored[view] else p for p in both)
+            assert torch.equal(batch.x_h()[k : k + 1], normalise(part[None], data))
+            small = low(whole[None], 4, mode="bicubic", antialias=True)
+            assert torch.equal(batch.x_l()[k : k + 1], normalise(small, data))
+    for split, kept in (("test", None), ("development", 20)):
+        scored = found.evaluations[split]
+        assert scored.whole is not None and scored.as_student().whole is None
+        first = pictures(name, noise, "test")[:3]
+        if split == "development":
+            start = [180, 181, 182] if name == "cub" else [88, 89, 90]
+            first = [known[i] for i in start]
+        for images, cut in ((scored.images, True), (scored.as_student().images, False)):
+            assert len(images) == (kept or len(pictures(name, noise, "test")))
+            ((_, seen),) = images.batches([torch.arange(3)])
+            for image, picture in zip(seen, first, strict=True):
+                shown = squeezed(picture[2:9, 3:14] if cut else picture)
+                assert torch.equal(image, shown[:, 2:10, 2:10])
+        assert torch.equal(scored.as_student().images.labels, scored.images.labels)
+    again = evaluation(data, "test", "", cache=cache, task="faces", classes=0)
+    assert again.whole is not None and len(again.whole) == len(found.evaluations["test"].images)
+
+
+@pytest.mark.parametrize("quality", ["small", "enlarged"])
+def test_otherwise_boxes_are_not_looked_at(boxed, cache: Path, quality) -> None:
+    root, noise = boxed
+    data = replace(CROPS, root=str(root / "off"), quality=quality)
+    found = load(data, cache=cache)
+    assert found.train_whole is None and found.evaluations["test"].whole is None
+    assert found.evaluations["test"].as_student() is found.evaluations["test"]
+    ((_, seen),) = found.train.batches([torch.tensor([5])])
+    assert torch.equal(seen[0], squeezed(noise[2, 1]))
+    plain = replace(data, pad="edge", shift=2)  # as ever: the shorter side, then the centre
+    ((_, seen),) = load(plain, cache=cache).train.batches([torch.tensor([5])])
+    assert torch.equal(seen[0], fit(noise[2, 1], 8))
+
+
+def test_a_teachers_key_changes_with_the_boxes(boxed, cache: Path) -> None:
+    root, _ = boxed
+    data = replace(CROPS, root=str(root / "cub"), quality="unlocalised")
+    before = load(data, cache=cache).fingerprint
+    path = root / "cub" / "bounding_boxes.txt"
+    text = path.read_text()
+    path.write_text(text.replace("\n7 3.0", "\n7 2.0"))
+    assert load(data, cache=cache).fingerprint != before
+    path.write_text(text)
+    assert load(data, cache=cache).fingerprint == before
+    assert load(replace(data, quality="small"), cache=cache).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(quality="unlocalised", root="off"),
+         r"Bird_1_0000.png: its box \(19, 2, 24, 7\) holds no pixel of the picture of 19 x 14 px"),
+        (dict(quality="unlocalised", on_error="skip"), "--data.on-error skip might leave out one"),
+        (dict(quality="unlocalised", name="sop"), "sop has no boxes for the teacher to see .*cub"),
+        (dict(quality="unlocalised", name="faces"), "faces has no boxes for the teacher"),
+        (dict(name="tinyface"), "--data.pad image: tinyface has tight crops"),
+        (dict(name="survface", pad="edge", crop="resized"), "--data.crop resized: survface has"),
+        (dict(name="digits"), "--data.hr 8, and 4 px for crops: the images of digits are 8 px"),
+    ],
+)  # fmt: skip
+def test_what_has_no_boxes_or_no_room_is_refused(boxed, cache: Path, changes, words) -> None:
+    changes = {"root": "cub", **changes}
+    data = replace(CROPS, **{**changes, "root": str(boxed[0] / changes["root"])})
+    with pytest.raises(ValueError, match=words) as error:
+        load(data, cache=cache)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_one_size_give_their_middle_to_evaluations(cache: Path) -> None:
+    data = Data(name="digits", hr=6, lr=3, shift=1, shift_step=1, pad="image")
+    found, plain = load(data, cache=cache), load(replace(data, hr=8, pad="edge"), cache=cache)
+    assert torch.equal(found.train.pixels, plain.train.pixels)
+    for name in ("development", "test"):
+        wide = plain.evaluations[name].images.pixels
+        assert torch.equal(found.evaluations[name].images.pixels, wide[:, :, 1:7, 1:7])
+
+
+def test_drawn_faces_are_drawn_larger_and_scored_in_the_middle(cache: Path) -> None:
+    data = Data(hr=24, lr=8, shift=4, pad="image", identities=4, instances=2, development=24,
+                test=24)  # fmt: skip
+    found = load(data, cache=cache)
+    plain = load(replace(data, hr=32, pad="edge"), cache=cache)
+    assert torch.equal(found.train.pixels, plain.train.pixels)
+    for name in ("development", "test"):
+        wide = plain.evaluations[name].images.pixels
+        assert torch.equal(found.evaluations[name].images.pixels, wide[:, :, 4:28, 4:28])
+    shifted = evaluation(data, "shifted", "", cache=cache, task="faces", classes=0)
+    assert shifted.images.pixels.shape[-2:] == (24, 24)

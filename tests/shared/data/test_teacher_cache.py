@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -254,6 +255,41 @@ def test_a_disk_without_room_is_left_alone(config: Config, own: Path, monkeypatc
     assert "has room for 0.00" in capsys.readouterr().err
 
 
+# -- other views ---------------------------------------------------------------------------------
+
+
+def larger(side: int) -> Resident:
+    g = torch.Generator().manual_seed(side)
+    pixels = torch.randint(0, 256, (COUNT, 3, side, side), generator=g, dtype=torch.uint8)
+    return Resident(pixels, IMAGES.labels)
+
+
+def test_crops_of_a_larger_picture_are_kept_bit_for_bit(config: Config, own: Path) -> None:
+    c = replace(config, data=replace(DATA, pad="image"))
+    run, loader, frozen = get(c, own, data=of(larger(c.data.kept)))
+    assert c.data.kept == 40 and loader.views.count == VIEWS
+    assert_live(run, loader, frozen)
+    assert isinstance(loader.images, Resident)
+    centre = normalise(loader.images.pixels[:24, :, 4:36, 4:36], c.data)
+    assert np.array_equal(frozen.embeddings()[:24], frozen(centre)[0].numpy())
+
+
+def test_random_crops_are_not_kept_but_centres_are(config: Config, own: Path, capsys) -> None:
+    c = replace(config, data=replace(DATA, crop="resized"))
+    data = of(larger(c.data.kept))
+    line = "--data.crop resized draws other views in every epoch"
+    with pytest.raises(ValueError, match=f"^--teacher.outputs always: {line}$"):
+        get(c, own, data=data, outputs="always")
+    _, loader, frozen = get(c, own, data=data)
+    assert f"are computed at each step: {line}" in capsys.readouterr().err
+    assert frozen.cache is not None and not frozen.cache.ready
+    batch = next(loader.epoch(0))
+    assert torch.equal(frozen.targets(batch)[0], frozen(batch.x_h())[0])
+    assert isinstance(loader.images, Resident)
+    centre = normalise(loader.images.pixels[:24, :, 2:34, 2:34], c.data)
+    assert np.array_equal(frozen.embeddings()[:24], frozen(centre)[0].numpy())
+
+
 # -- keys ----------------------------------------------------------------------------------------
 
 
@@ -279,6 +315,7 @@ def test_what_decides_a_value_has_files_of_its_own(
         folder(replace(c, data=replace(DATA, pad="zero")), own),
         folder(replace(c, data=replace(DATA, mean=(0.4, 0.5, 0.5))), own),
         folder(replace(c, data=replace(DATA, flip=False)), own),
+        folder(replace(c, data=replace(DATA, quality="unlocalised")), own),
         folder(replace(c, data=replace(DATA, seed=1)), own),
         folder(replace(c, data=replace(DATA, root="elsewhere")), own),
         folder(c, own, of(IMAGES, fingerprint="others")),
@@ -297,6 +334,7 @@ def test_what_decides_no_value_shares_them(config: Config, own: Path) -> None:
     for other in (
         replace(c, seed=4),
         replace(c, data=replace(DATA, lr=4, kernel="area", antialias=False, workers=0)),
+        replace(c, data=replace(DATA, quality="enlarged")),
         replace(c, optim=replace(c.optim, epochs=9)),
         replace(c, teacher=replace(c.teacher, outputs="always", outputs_gib=1.0)),
     ):
@@ -398,14 +436,14 @@ def test_a_pass_that_is_killed_goes_on_and_gives_live_targets(
 class Decode:
     """Picklable; counts, and cannot decode some."""
 
-    def __init__(self, bad: tuple[int, ...] = ()) -> None:
-        self.bad, self.count = bad, 0
+    def __init__(self, bad: tuple[int, ...] = (), first: int = 0) -> None:
+        self.bad, self.first, self.count = bad, first, 0
 
     def __call__(self, number: int) -> torch.Tensor:
         self.count += 1
         if number in self.bad:
             raise ValueError(f"/photos/{number}.jpg: not a readable image")
-        return photo(number)
+        return photo(self.first + number)
 
 
 def streaming(decode: Decode, on_error: str = "stop") -> DataSet:
@@ -435,6 +473,29 @@ def test_with_outputs_kept_a_step_decodes_nothing(config: Config, own: Path) -> 
     _, loader, frozen = get(other, own, 100, data)
     assert Asked.images == 0 and decode.count == 256  # LR views of its own, the same teacher's
     assert not torch.equal(next(loader.epoch(0)).x_l(), expected[0][2])
+
+
+@pytest.mark.parametrize("quality", ["enlarged", "unlocalised"])
+def test_kept_lr_views_are_what_the_student_sees(
+    config: Config, own: Path, quality: Literal["enlarged", "unlocalised"]
+) -> None:
+    """Enlarged at each step; of the whole picture where the teacher sees its box."""
+    c = replace(config, data=replace(DATA, quality=quality))
+    data, whole = streaming(Decode()), None
+    if quality == "unlocalised":
+        whole, data = data.train, streaming(Decode(first=COUNT))
+
+    def loaded() -> Loader:
+        return Loader(data.train, c.data, BATCH, seed=0, device=torch.device("cpu"), whole=whole)
+
+    expected = [batch.x_l() for batch in epochs(loaded())]
+    run, loader = Run.start("crrcd", c), loaded()
+    made_by = replace(c.teacher, checkpoint=str(own))
+    frozen = teacher.get(run, made_by, c.data, data, loader=loader, passes=100)
+    assert loader.kept_low is not None
+    for batch, low in zip(epochs(loader), expected, strict=True):
+        assert torch.equal(batch.x_l(), low)
+    assert_live(run, loader, frozen, 1)
 
 
 def test_lr_views_that_do_not_fit_are_made_at_each_step(config: Config, own: Path) -> None:

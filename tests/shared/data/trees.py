@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -141,17 +142,58 @@ def write_survface(root: Path, faces: np.ndarray, unmated: np.ndarray) -> None:
         put(test / "unmated_probe" / f"u_{k}.png", image)
 
 
-def write_cub(root: Path, photographs: np.ndarray) -> None:
-    """photographs [200, n, H, W, 3]: classes 1 to 100 train, 101 to 200 test."""
+def write_cub(
+    root: Path,
+    photographs: np.ndarray,
+    classes: Iterable[int] = range(1, 201),
+    box: tuple[float, ...] = (1.0, 2.0, 20.0, 20.0),
+) -> None:
+    """photographs [C, n, H, W, 3] of classes 1 to 200, of which the first hundred train; box: x, y,
+    width, height of all."""
     lists: dict[str, list[str]] = {"images": [], "image_class_labels": [], "bounding_boxes": []}
     number = 0
-    for c, own in enumerate(photographs, 1):
+    for c, own in zip(classes, photographs, strict=True):
         for i, image in enumerate(own):
             number += 1
             name = f"{c:03d}.Bird_{c}/Bird_{c}_{i:04d}.png"
             put(root / "images" / name, image)
             lists["images"].append(f"{number} {name}")
             lists["image_class_labels"].append(f"{number} {c}")
-            lists["bounding_boxes"].append(f"{number} 1.0 2.0 20.0 20.0")
+            lists["bounding_boxes"].append(" ".join(map(str, (number, *box))))
     for name, lines in lists.items():
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_cars(
+    root: Path,
+    photographs: np.ndarray,
+    classes: Iterable[int] = range(1, 197),
+    box: tuple[int, ...] = (2, 3, 20, 21),
+) -> None:
+    """photographs [C, n, H, W, 3] of classes 1 to 196, of which 98 train; the CSV re-release; box:
+    x1, y1, x2, y2 of all, pixels counted from 1, the last one in it."""
+    names = [f"Maker Model {c} 2012" for c in range(1, 197)]
+    rows: dict[str, list[str]] = {"train": [], "test": []}  # the official parts: they are pooled
+    for c, own in zip(classes, photographs, strict=True):
+        for i, image in enumerate(own):
+            part = ("train", "test")[i % 2]
+            put(root / part / names[c - 1] / f"{c:03d}{i:02d}.png", image)
+            rows[part].append(f"{c:03d}{i:02d}.png,{','.join(map(str, box))},{c}")
+    for part, lines in rows.items():
+        (root / f"anno_{part}.csv").write_text("\n".join(lines) + "\n")
+    (root / "names.csv").write_text("\n".join(names) + "\n")
+
+
+def write_sop(root: Path, photographs: np.ndarray) -> None:
+    """photographs [C, n, H, W, 3]: every second product trains, the others are tested."""
+    lists = {"Ebay_train.txt": photographs[::2], "Ebay_test.txt": photographs[1::2]}
+    number = 0
+    for first, (name, products) in zip((1, 11_319), lists.items(), strict=True):
+        lines = ["image_id class_id super_class_id path"]
+        for c, own in enumerate(products, first):
+            for i, image in enumerate(own):
+                number += 1
+                file = f"chair_final/{c}_{i}.png"
+                put(root / file, image)
+                lines.append(f"{number} {c} 3 {file}")
+        (root / name).write_text("\n".join(lines) + "\n")

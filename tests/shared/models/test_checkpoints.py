@@ -146,6 +146,51 @@ def test_insightfaces_training_checkpoint_gives_its_backbone(tmp_path):
     assert same_weights(model, source)
 
 
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("resnet8", ("fc.weight", "fc.bias")),
+        ("small-student", ("linear.weight", "bn.weight", "bn.bias", "bn.running_mean")),
+        ("mobilenet-0.25", ("embedding.weight", "embedding.bias")),
+    ],
+)
+def test_a_trunk_may_lack_or_differ_in_what_follows_its_last_map_and_nothing_else(
+    tmp_path, name, after
+):
+    source, model = create(name), create(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = source.state_dict()
+    lacking = {key: value for key, value in state.items() if key not in after}
+    other = state | {after[0]: state[after[0]][:3].clone()}
+    for content, kept, left_out in ((lacking, after, ()), (other, after[:1], after[:1])):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=r"\d (missing|of another shape)"):
+            load_backbone(model, tmp_path / "a.pth")
+        found = load_backbone(model, tmp_path / "a.pth", trunk=True)
+        assert (found.kept, found.left_out) == (kept, left_out) and kept[0] in str(found)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key] if key in kept else state[key]), key
+        model.load_state_dict(before)
+    first = next(iter(state)) if name != "mobilenet-0.25" else "stem.0.weight"
+    torch.save({key: value for key, value in state.items() if key != first}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"1 missing .{first}."):
+        load_backbone(model, tmp_path / "a.pth", trunk=True)
+
+
+@pytest.mark.parametrize("head", ["cosface", "softmax", "none"])
+def test_a_recognisers_file_gives_its_backbone(tmp_path, head):
+    from shared.config import Network
+    from shared.models.recogniser import Recogniser, save
+
+    source = Recogniser(Network("resnet8", head=head), 16, 5)
+    save(source, tmp_path / "student.safetensors")
+    model = create("resnet8", classes=5)
+    found = load_backbone(model, tmp_path / "student.safetensors")
+    assert same_weights(model, source.backbone)
+    assert found.left_out == (("head.weight",) if head == "cosface" else ())
+    assert found.layout == "backbone of a recogniser, safetensors"
+
+
 @pytest.mark.parametrize("name", ["iresnet", "resnet8", "imagenet-resnet18", "small-student"])
 def test_weights_for_bgr_give_for_rgb_what_they_gave_for_bgr(tmp_path, name):
     source, model = ((small_face() if name == "iresnet" else create(name)) for _ in range(2))

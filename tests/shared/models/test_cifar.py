@@ -492,6 +492,31 @@ def test_macs_of_resnet20_match_plain_arithmetic():
     assert macs(create("resnet20"), 32) == total + 64 * 100
 
 
+@pytest.mark.parametrize(("size", "sides"), [(32, (32, 16, 8, 4, 4)), (16, (16, 8, 4, 2, 2))])
+def test_vgg11_drops_its_last_pool_and_costs_what_its_convolutions_do(size, sides):
+    with torch.device("meta"):
+        model = create("vgg11")
+        _, maps = model(torch.empty(2, 3, size, size))
+    assert tuple(m.shape[-1] for m in maps.values()) == sides
+    total, c_in = 512 * 100, 3
+    for c, count, side in zip((64, 128, 256, 512, 512), (1, 1, 2, 2, 2), sides, strict=True):
+        for _ in range(count):
+            total += 9 * c_in * c * side**2
+            c_in = c
+    assert macs(model, size) == total
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "ResNet50"])
+def test_wide_resnets_keep_a_2x2_map_at_16_px_for_a_quarter_of_the_cost_at_32(name):
+    with torch.device("meta"):
+        model = create(name)
+        embedding, maps = model(torch.empty(2, 3, 16, 16))
+        linear = model.dim * 100
+        assert 4 * (macs(model, 16) - linear) == macs(model, 32) - linear
+    assert [m.shape[-1] for m in maps.values()] == [16, 16, 8, 4, 2]
+    assert embedding.shape == (2, {"ResNet18": 512, "ResNet50": 2048}[name])
+
+
 def test_macs_count_grouped_convolutions_once_and_leave_the_model_alone():
     model = create("shufflenet-v1")
     before = {key: value.clone() for key, value in model.state_dict().items()}

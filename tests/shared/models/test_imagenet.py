@@ -186,6 +186,18 @@ def test_small_inputs_halve_the_map_at_the_stem_and_every_stage(name, size):
     assert macs(model, size) > 0
 
 
+@pytest.mark.parametrize("name", ["imagenet-resnet18", "imagenet-resnet50"])
+@pytest.mark.parametrize("size", [96, 128, 160, 224, 256])
+def test_the_sizes_of_horkds_table_4_end_in_whole_maps(name, size):
+    """All are multiples of 32: what is not the linear layer costs in proportion to the pixels."""
+    with torch.device("meta"):
+        model = create(name)
+        embedding, maps = model(torch.empty(2, 3, size, size))
+        linear = model.embedding.in_features * 512
+        assert (macs(model, size) - linear) * 224**2 == (macs(model, 224) - linear) * size**2
+    assert embedding.shape == (2, 512) and maps["stage4"].shape[2:] == (size // 32,) * 2
+
+
 @pytest.mark.parametrize("name", ["imagenet-resnet18", "mobilenet-0.25"])
 def test_every_parameter_gets_a_gradient(name):
     model = create(name)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
-from shared.config import Network
-from shared.models.recogniser import HEADS, Recogniser, class_means, restore, save
+from shared.config import Network, Teacher
+from shared.models import imagenet
+from shared.models.recogniser import (
+    HEADS,
+    Recogniser,
+    begin,
+    class_means,
+    copy_matching,
+    restore,
+    save,
+)
 from shared.run import Run
 
 
@@ -82,6 +93,108 @@ def test_a_classifier_that_a_margin_head_replaces_gets_no_gradient() -> None:
     assert idle == {"backbone.fc.weight", "backbone.fc.bias"}
     softmax = Recogniser(Network("resnet8", head="softmax"), 16, 5)
     assert all(p.requires_grad for p in softmax.parameters())
+
+
+@pytest.mark.parametrize("name", ["small-student", "resnet8", "mobilenet-0.25"])
+def test_without_a_head_there_are_no_logits_and_all_that_is_trained_gets_a_gradient(name) -> None:
+    recogniser = Recogniser(Network(name, head="none"), 16, 5)
+    e, y = recogniser(torch.randn(4, 3, 16, 16)), torch.arange(4)
+    assert e.shape == (4, recogniser.dim) and float(recogniser.penalty) == 0
+    found = [recogniser.logits(e), recogniser.logits(e, y), *recogniser.logit_pair(e, y)]
+    found.append(recogniser.logits(e.bfloat16()))
+    assert all(z.shape == (4, 0) and z.dtype == torch.float32 for z in found)
+    e.square().sum().backward()
+    idle = {n for n, p in recogniser.named_parameters() if p.grad is None}
+    assert idle == {n for n, p in recogniser.named_parameters() if not p.requires_grad}
+    assert idle == ({"backbone.fc.weight", "backbone.fc.bias"} if name == "resnet8" else set())
+    assert all(n.startswith("backbone.") for n in recogniser.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["small-student", "small-assistant", "slim-resnet34", "resnet8", "imagenet-resnet18"]
+)
+def test_maps_are_those_of_the_bare_backbone(name: str) -> None:
+    recogniser = Recogniser(Network(name, head="arcface"), 16, 5).eval()
+    x = torch.randn(2, 3, 16, 16)
+    e, maps = recogniser(x, maps=True)
+    expected, theirs = recogniser.backbone(x)
+    assert torch.equal(e, expected) and torch.equal(recogniser(x), e)
+    assert list(maps) == list(theirs)
+    assert all(torch.equal(maps[key], theirs[key]) for key in maps)
+
+
+def quiet_run(said: list[str]) -> Run:
+    found = SimpleNamespace(place=lambda m: m, in_turn=lambda load: load(), say=said.append)
+    return found  # type: ignore[return-value]
+
+
+def test_weights_fill_the_trunk_and_what_they_lack_is_said(tmp_path: Path) -> None:
+    network = Network("small-student", head="none")
+    source = Recogniser(network, 16, 5).backbone.state_dict()
+    trunk = {k: v for k, v in source.items() if not k.startswith(("linear.", "bn."))}
+    torch.save(trunk, tmp_path / "trunk.pth")
+    said: list[str] = []
+    torch.manual_seed(1)
+    wanted = replace(network, weights=str(tmp_path / "trunk.pth"))
+    found = begin(quiet_run(said), wanted, 16, 5).backbone.state_dict()
+    torch.manual_seed(1)
+    fresh = begin(quiet_run(said), network, 16, 5).backbone.state_dict()
+    assert all(torch.equal(found[k], (trunk if k in trunk else fresh)[k]) for k in found)
+    (line,) = said
+    assert "trunk.pth" in line and "not in it and kept: 6 of the network (linear.weight" in line
+
+
+def test_a_network_that_is_to_be_restored_asks_for_no_weights(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(imagenet, "_published", None)
+    Recogniser(Network("imagenet-resnet18", weights="imagenet"), 16, 5)
+    Recogniser(Network(weights=str(tmp_path / "none.pth")), 16, 5)
+
+
+def test_imagenet_weights_leave_the_embedding_as_drawn(monkeypatch) -> None:
+    public = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(imagenet, "_published", lambda name, weights: public)
+    said: list[str] = []
+    network = Network("imagenet-resnet18", head="none", weights="imagenet")
+    backbone = begin(quiet_run(said), network, 32, 5).backbone
+    state = backbone.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in public.items() if not k.startswith("fc."))
+    assert state["embedding.weight"].std() > 0 and "torchvision" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "weights", "line"),
+    [
+        (Teacher, "resnet8", "imagenet",
+         "--teacher.weights imagenet: torchvision has no such weights for resnet8"),
+        (Network, "mobilenet-0.25", "imagenet", "--student.weights imagenet: torchvision has no"),
+        (Network, "small-student", "{}/none.pth", "--student.weights .*none.pth: no such file"),
+        (Teacher, "small-student", "{}/other.pth",
+         "--teacher.weights .*other.pth does not fit SmallNet: .* missing .* unexpected"),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_be_loaded_are_one_clear_line(
+    kind: type[Network], name: str, weights: str, line: str, tmp_path: Path
+) -> None:
+    torch.save(Recogniser(Network("resnet8"), 16, 5).backbone.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"^{line}") as info:
+        begin(quiet_run([]), kind(name, weights=weights.format(tmp_path)), 16, 5)
+    assert "\n" not in str(info.value)
+
+
+def test_a_student_starts_from_its_assistant_but_for_the_shortcut_it_has_not() -> None:
+    torch.manual_seed(0)
+    assistant = Recogniser(Network("small-assistant"), 64, 5)
+    student = Recogniser(Network("small-student"), 16, 5)
+    assert copy_matching(assistant, student) == []
+    theirs = assistant.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in student.state_dict().items())
+    student.backbone.linear.weight.data.zero_()  # a copy, no view
+    assert assistant.backbone.linear.weight.any()
+    larger = Recogniser(Network("small-student"), 32, 7)
+    before = {k: v.clone() for k, v in larger.state_dict().items()}
+    left = copy_matching(assistant, larger)
+    assert left == ["backbone.linear.weight", "head.weight"]
+    assert all(torch.equal(larger.state_dict()[k], before[k]) for k in left)
 
 
 @pytest.mark.parametrize("head", ["curricularface", "adaface"])

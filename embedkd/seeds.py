@@ -1,0 +1,16 @@
+"""Paired seeds: `python -m embedkd.seeds --seeds 10 [--jobs 2] [RECIPE]`; see shared/seeds.py."""
+
+from __future__ import annotations
+
+from embedkd.config import ABOUT, NAME, RECIPES, members
+from shared import cli, seeds
+
+DIFFERENCES = (
+    ("alone-long", "alone"), ("pkt", "alone"), ("darkrank", "alone"), ("abs", "alone"),
+    ("rel", "alone"), ("abs", "alone-long"), ("rel", "alone-long"), ("rel", "abs"),
+    ("rel", "pkt"), ("rel", "darkrank"),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.guarded(lambda: seeds.main(NAME, RECIPES, ABOUT, members, DIFFERENCES))

@@ -1,0 +1,1 @@
+"""HORKD: hybrid order relational knowledge distillation (AAAI 2020). See README.md."""

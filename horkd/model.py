@@ -1,0 +1,66 @@
+"""What HORKD adds to the networks, for training only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.config import Data
+from shared.models.recogniser import Recogniser
+
+
+class Projector(nn.Module):
+    """g [B, D_s] -> [B, D_t], for L1 and L_C where the sizes differ; nothing where they agree.
+
+    The paper is silent on ResNet50's 2048 numbers against ResNet18's 512: a linear layer, thrown
+    away after training. L2 and L3 compare distances and angles, which need none.
+    """
+
+    def __init__(self, student: int, teacher: int) -> None:
+        super().__init__()
+        same = student == teacher
+        self.linear = nn.Identity() if same else nn.Linear(student, teacher, bias=False)
+
+    def forward(self, g: Tensor) -> Tensor:
+        return self.linear(g)
+
+
+class Regressor(nn.Module):
+    """FitNet's: a 1x1 convolution from the student's channels to the teacher's at one stage.
+
+    forward: maps of student and teacher by name [B, C, h, w] -> (regressed student map, teacher
+    map), at the smaller of both sizes.
+    """
+
+    STAGE = "stage2"  # the middle of three or four, as in RepDistiller
+
+    def __init__(self, student: Recogniser, teacher: Recogniser, data: Data) -> None:
+        super().__init__()
+        narrow, wide = channels(student, data.lr_input), channels(teacher, data.hr)
+        self.conv = nn.Conv2d(narrow[self.STAGE], wide[self.STAGE], 1, bias=False)
+        self.bn = nn.BatchNorm2d(wide[self.STAGE])
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        made = F.relu(self.bn(self.conv(student[self.STAGE].float())))
+        return same_size(made, teacher[self.STAGE].float())
+
+
+@torch.no_grad()
+def channels(recogniser: Recogniser, size: int) -> dict[str, int]:
+    """Channels of each map, found by one image."""
+    weight = next(recogniser.parameters())
+    training = recogniser.training
+    _, maps = recogniser.eval()(torch.zeros(1, 3, size, size, device=weight.device), maps=True)
+    recogniser.train(training)
+    return {name: map_.shape[1] for name, map_ in maps.items()}
+
+
+def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B, C, h, w] at the smaller height and width of both, by adaptive average pooling."""
+    size = (min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1]))
+    return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
