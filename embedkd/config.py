@@ -95,12 +95,10 @@ class Config(Run):
 
 
 # Without a download: objects of held-out classes are found again.
-_OPTIM = MATCHED["optim"]
 _EMBEDDED = Config(
     data=replace(MATCHED["data"], name="objects-retrieval"),
     teacher=Teacher(head="none", optim=Optim(epochs=20, clip=5.0)),
     student=Network(head="none"),
-    optim=_OPTIM,
 )
 
 # The paper's: 256 x 256 px, of which 224 x 224 are seen; Adam at a constant 1e-5, batches of 32.
@@ -127,7 +125,7 @@ _ADAM = Optim(
     method="adam", lr=1e-5, weight_decay=2e-4, batch=32, epochs=273, schedule="step", warmup=0.0
 )
 _IMAGENET: dict[str, Any] = {"head": "none", "margin": 0.2, "weights": "imagenet"}
-_PAPER = Config(
+_BASE = Config(
     data=_PHOTOGRAPHS,
     teacher=Teacher(name="imagenet-resnet101", **_IMAGENET, images_per_class=8, optim=_ADAM),
     student=Network(name="imagenet-resnet18", **_IMAGENET),
@@ -136,7 +134,6 @@ _PAPER = Config(
     images_per_class=8,
     students=("alone", "abs", "rel"),
 )
-_SAME = replace(_PAPER, teacher=replace(_PAPER.teacher, name="imagenet-resnet18"))
 
 
 def _on(config: Config, name: Literal["cub", "cars196", "sop"], **changes: Any) -> Config:
@@ -152,15 +149,14 @@ def _for(config: Config, epochs: int, **changes: Any) -> Config:
     return replace(config, teacher=teacher, optim=optim, **changes)
 
 
-_PAPER = _on(_PAPER, "cub")
-_SAME = _on(_SAME, "cub")
+_PAPER = _on(_BASE, "cub")
+_SAME = replace(_PAPER, teacher=replace(_PAPER.teacher, name="imagenet-resnet18"))
 _EVERY: Students = (
     "alone", "pkt", "darkrank", "abs", "rel", "abs+hint", "rel+hint", "abs+at", "rel+at",
 )  # fmt: skip
 _SEMI: Students = (
     "alone", "abs", "rel", "abs+unlabelled", "rel+unlabelled", "abs-only", "rel-only",
 )  # fmt: skip
-_OFFICIAL: dict[str, Any] = {"margin": 0.0}
 _TABLE = {
     "embedded": ("procedural objects 64 -> 16, no download: the default", _EMBEDDED),
     "smoke": (
@@ -223,8 +219,8 @@ _TABLE = {
         replace(
             _PAPER,
             data=replace(_PAPER.data, crop="resized", pad="edge", shift=0),
-            teacher=replace(_PAPER.teacher, **_OFFICIAL),
-            student=replace(_PAPER.student, **_OFFICIAL),
+            teacher=replace(_PAPER.teacher, margin=0.0),
+            student=replace(_PAPER.student, margin=0.0),
         ),
     ),
 }  # fmt: skip
@@ -265,7 +261,7 @@ def arms(config: Config) -> dict[str, Config]:
     o, times = config.optim, config.long
     later = tuple(round(times * m) for m in o.milestones)
     longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
-    known = {
+    known: dict[str, Config] = {
         "alone": alone,
         "alone-long": replace(alone, optim=longer),
         "pkt": replace(alone, lambda_pkt=config.lambda_pkt),
@@ -279,7 +275,7 @@ def arms(config: Config) -> dict[str, Config]:
             f"{name}+unlabelled": replace(one, unlabelled=config.unlabelled),
             f"{name}-only": replace(one, unlabelled=config.unlabelled, labelled=0.0),
         }
-    found = {name: known[name] for name in config.students}
+    found: dict[str, Config] = {name: known[name] for name in config.students}
     semi = [name for name, one in found.items() if name.endswith(("+unlabelled", "-only"))]
     if not config.labelled:
         raise ValueError("--labelled 0.0: the teacher needs labels")

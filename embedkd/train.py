@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from baselines.losses import darkrank, pkt
 from embedkd.config import ABOUT, NAME, OWN, RECIPES, Config, arms, members, weights
@@ -51,7 +53,8 @@ def train(config: Config) -> Path:
         if config.student.head == "none":
             sampler = HalfLabelled(data.train.labels, labelled, p, each, unlabelled=unlabelled,
                                    seed=config.seed)  # fmt: skip
-            run.say(sampler.note) if sampler.note else None
+            if sampler.note:
+                run.say(sampler.note)
         return Loader(data.train, c, sampler.size if sampler else batch_size, seed=config.seed,
                       device=run.device, rank=run.rank, world=run.world, sampler=sampler,
                       whole=data.train_whole)  # fmt: skip
@@ -67,7 +70,7 @@ def train(config: Config) -> Path:
                  if weights(one) and not one.rho and not one.kappa)  # fmt: skip
     taught_by = teacher.get(run, config.teacher, c, data, loader=loader(batch_size // each, 0),
                             passes=passes)  # fmt: skip
-    of_embeddings = {
+    of_embeddings: dict[str, Callable[..., Tensor]] = {
         "abs": absolute, "rel": functools.partial(relative, mode=config.relative_mode),
         "pkt": pkt, "darkrank": darkrank,
     }  # fmt: skip

@@ -32,7 +32,7 @@ class Regressor(nn.Module):
     """FitNet's: a 1x1 convolution from the student's channels to the teacher's at one stage.
 
     forward: maps of student and teacher by name [B, C, h, w] -> (regressed student map, teacher
-    map), at the smaller of both sizes.
+    map), the larger averaged to the size of the smaller.
     """
 
     STAGE = "stage2"  # the middle of three or four, as in RepDistiller
@@ -47,7 +47,9 @@ class Regressor(nn.Module):
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         made = F.relu(self.bn(self.conv(student[self.STAGE].float())))
-        return same_size(made, teacher[self.STAGE].float())
+        wanted = teacher[self.STAGE].float()
+        size = min(made.shape[2], wanted.shape[2]), min(made.shape[3], wanted.shape[3])
+        return F.adaptive_avg_pool2d(made, size), F.adaptive_avg_pool2d(wanted, size)
 
 
 @torch.no_grad()
@@ -58,9 +60,3 @@ def channels(recogniser: Recogniser, size: int) -> dict[str, int]:
     _, maps = recogniser.eval()(torch.zeros(1, 3, size, size, device=weight.device), maps=True)
     recogniser.train(training)
     return {name: map_.shape[1] for name, map_ in maps.items()}
-
-
-def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B, C, h, w] at the smaller height and width of both, by adaptive average pooling."""
-    size = (min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1]))
-    return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)

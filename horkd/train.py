@@ -19,7 +19,7 @@ from baselines.losses import attention_transfer, fitnet
 from horkd import figures
 from horkd.config import ABOUT, ASSISTANT, NAME, RECIPES, Config, arms, at_hr, members
 from horkd.losses import L1, L2, L3, L_C
-from horkd.model import Projector, Regressor, same_size
+from horkd.model import Projector, Regressor
 from horkd.stages import assistant, centers_of
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
@@ -133,9 +133,8 @@ def train(config: Config) -> Path:
                 terms["fitnet"] = wanted.fitnet, fitnet(*regressor(maps_s, maps_t))
             if wanted.attention:
                 stages = [k for k in maps_s if k in maps_t and k.startswith("stage")]
-                pairs = (same_size(maps_s[k], maps_t[k]) for k in stages)
-                at = torch.stack([attention_transfer(*pair) for pair in pairs]).sum()
-                terms["at"] = wanted.attention, at
+                each = [attention_transfer(maps_s[k], maps_t[k]) for k in stages]
+                terms["at"] = wanted.attention, torch.stack(each).sum()
             loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

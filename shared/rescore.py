@@ -107,7 +107,7 @@ def parser(paper: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--on",
         default="test",
-        help="test, development, shifted or native (faces); with --root: folder, "
+        help="test, development, shifted (procedural) or native (faces); with --root: folder, "
         + ", ".join(TEST_SETS),
     )
     made.add_argument("--root", default="", help="where a test set lies; folder: <class>/<image>")

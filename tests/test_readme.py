@@ -8,21 +8,41 @@ import pytest
 
 import aird.config
 import crrcd.config
+import embedkd.config
+import horkd.config
 from shared.seeds import markdown
 from tests.conftest import ROOT
 
-RECIPES = {"aird": aird.config.RECIPES, "crrcd": crrcd.config.RECIPES}
+PAPERS = {"aird": aird, "crrcd": crrcd, "embedkd": embedkd, "horkd": horkd}
+RECIPES = {name: paper.config.RECIPES for name, paper in PAPERS.items()}
 
 
 def summary(paper: str) -> dict:
     return json.loads((ROOT / "results" / f"{paper}-embedded-seeds.json").read_text())
 
 
+def cell(found: dict[str, float], sign: str = "") -> str:
+    return f"{found['value']:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]"
+
+
 @pytest.mark.parametrize("paper", RECIPES)
 def test_the_seeds_table_is_the_committed_summary(paper: str) -> None:
     for found in summary(paper).values():
         assert markdown(found) in (ROOT / paper / "README.md").read_text()
-    assert markdown(summary(paper)["results"]) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("paper", RECIPES)
+def test_the_front_table_is_of_the_committed_summaries(paper: str) -> None:
+    found = summary(paper)["results"]
+    lines = [[c.strip() for c in line.strip("|").split("|")]
+             for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith(f"| {paper} |") and "[" in line]  # fmt: skip
+    assert lines
+    for _, row, value, gain in lines:
+        column = "rank1" if "rank1" in found["rows"][row] else "recall1"
+        assert value == cell(found["rows"][row][column])
+        pair = found["differences"].get(f"{row} - alone")
+        assert gain == (cell(pair[column], "+") if pair else "")
 
 
 @pytest.mark.parametrize("paper", RECIPES)

@@ -13,6 +13,8 @@ import pytest
 
 from aird import config as aird
 from crrcd import config as crrcd
+from embedkd import config as embedkd
+from horkd import config as horkd
 from tests.conftest import ROOT, python
 
 PAPERS = ("horkd", "crrcd", "aird", "btnet", "embedkd")
@@ -75,7 +77,7 @@ def fields(cls: type) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("paper", [aird, crrcd])
+@pytest.mark.parametrize("paper", [aird, crrcd, embedkd, horkd])
 def test_every_configuration_field_is_read(paper) -> None:
     read = {
         node.attr
@@ -101,7 +103,7 @@ def test_tyro_is_imported_only_when_a_command_line_is_read() -> None:
             assert "tyro" not in names, path
 
 
-@pytest.mark.parametrize("paper", ["aird", "crrcd"])
+@pytest.mark.parametrize("paper", ["aird", "crrcd", "embedkd", "horkd"])
 def test_a_script_starts_without_what_few_runs_need(paper: str) -> None:
     """torchvision alone takes as long to import as torch."""
     asked = f"import sys, {paper}.train, {paper}.eval; print(*sys.modules)"

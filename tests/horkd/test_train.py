@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from horkd.config import RECIPES, arms, members
 from horkd.eval import evaluate
 from horkd.losses import L_C
-from horkd.model import Projector, Regressor, same_size
+from horkd.model import Projector, Regressor
 from horkd.train import load_student, train
 from shared import models
 from shared.config import locate
@@ -321,12 +321,8 @@ def test_regressor_brings_the_students_map_to_the_teachers_channels_and_the_smal
     _, ours = student(torch.randn(2, 3, 16, 16), maps=True)
     _, theirs = teacher(torch.randn(2, 3, 64, 64), maps=True)
     made, wanted = regressor(ours, theirs)
-    assert made.shape == wanted.shape
-    assert wanted.shape[1] == theirs["stage2"].shape[1]
-
-
-def test_same_size_pools_the_larger_map() -> None:
-    a, b = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
-    pooled, kept = same_size(a, b)
-    by_hand = a.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
-    assert torch.allclose(pooled, by_hand, atol=1e-6) and torch.equal(kept, b)
+    assert made.shape == (2, 64, 8, 8) == wanted.shape and ours["stage2"].shape == (2, 32, 8, 8)
+    assert theirs["stage2"].shape == (2, 64, 8, 8)
+    made, wanted = regressor(ours, {"stage2": torch.arange(512.0).view(2, 1, 16, 16)})
+    assert made.shape[2:] == (8, 8)
+    assert wanted[1, 0, 0, 0] == (256 + 257 + 272 + 273) / 4
