@@ -180,7 +180,6 @@ _NONE: dict[str, Any] = {"head": "none", "margin": 0.2}
 _RETRIEVAL = replace(
     _EMBEDDED,
     data=replace(_EMBEDDED.data, name="objects-retrieval"),
-    teacher=replace(_EMBEDDED.teacher, **_NONE),
     assistant=replace(_EMBEDDED.assistant, **_NONE),
     student=replace(_EMBEDDED.student, **_NONE),
     cls=0.0,
