@@ -44,6 +44,8 @@ def train(config: Config) -> Path:
     # ---- data
     cache, known = locate(config.cache), config.teacher.identities
     data = run.in_turn(lambda: load(c, cache=cache, teacher_identities=known))
+    if data.task == "objects" and config.student.head == "none":
+        raise ValueError(f"--student.head none: {c.name} is scored by classes, not by embeddings")
     data, labelled = restrict(data, config)
 
     @functools.cache
@@ -107,7 +109,7 @@ def train(config: Config) -> Path:
             else:
                 ml = zero
             kd = {term: of_embeddings[term](e_s, e_t) for term in weight if term in of_embeddings}
-            for term in weight.keys() & of_maps.keys():
+            for term in (name for name in of_maps if name in weight):
                 kd[term] = sum((of_maps[term](a, b) for a, b in stages(maps_s, maps_t)), zero)
             loss = ml + sum(weight[term] * value for term, value in kd.items())
             optimiser.zero_grad(set_to_none=True)

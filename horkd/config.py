@@ -37,8 +37,8 @@ class Config(Run):
     assistant: Network = field(default_factory=lambda: Network(name="small-assistant"))
     """The student's network for HR images: learns from the teacher, then teaches the student."""
     stages: Stages = "both"
-    """1: the assistant only (cross-structure). 2: the student of an assistant that is there
-    (cross-resolution; --assistant-run). direct: teacher to student, without an assistant."""
+    """1: the assistant and nothing else (cross-structure). 2: the students of an assistant that is
+    there (cross-resolution; --assistant-run). direct: teacher to student, without an assistant."""
     assistant_run: str = ""
     """--stages 2: folder of the run whose assistant teaches."""
     student_init: Literal["scratch", "assistant"] = "scratch"
@@ -51,26 +51,29 @@ class Config(Run):
     """Weight of L3."""
     gamma: float = 1.0
     """Weight of L_C."""
-    reduction: Literal["sum", "mean", "rkd"] = "sum"
-    """sum: as printed. mean: over images, pairs, triplets. rkd: L2 and L3 over all N^2 and N^3
-    entries, as the code of RKD has it (L1 and L_C: the mean)."""
+    reduction: Literal["sum", "image", "mean", "rkd"] = "sum"
+    """sum: as printed. image: that over the images of the batch, as the task loss is. mean: over
+    images, pairs, triplets. rkd: L2 and L3 over all N^2 and N^3 entries, as the code of RKD has it
+    (L1 and L_C: the mean)."""
     penalty: Literal["squared", "huber"] = "squared"
     """Of L2; RKD's is huber."""
     cls: float = 1.0
-    """Weight of the task loss beside Eq. 8 (1 in the paper for classification, else 0)."""
-    kd: float = 0.0
-    """Weight of plain KD (the row kd)."""
+    """Weight of the task loss beside Eq. 8 (1 in the paper for classification, else 0), and beside
+    KD and RKD."""
+    kd: float = 1.0
+    """Weight of plain KD in the row kd."""
     temperature: float = 4.0
     """Of kd."""
-    fitnet: float = 0.0
-    """Weight of FitNet's hint (the row fitnet)."""
-    attention: float = 0.0
-    """Weight of attention transfer (the row at)."""
+    fitnet: float = 100.0
+    """Weight of FitNet's hint in the row fitnet."""
+    attention: float = 1000.0
+    """Weight of attention transfer in the row at."""
     images_per_class: int = 4
     """K of the P x K batches that a student without classes (head none) is trained on."""
     students: tuple[str, ...] = ("alone", "alone-long", "kd", "rkd", "direct", "horkd")
-    """Rows of the table: task loss only (also longer), KD, FitNet, AT, RKD, HORKD without the
-    assistant, horkd, and terms of Eq. 8 joined by + (L2+L3+LC), each taught as horkd is."""
+    """Rows of the table, of which --stages 1 and 2 train their own: task loss only (also longer),
+    KD, FitNet, AT, RKD, HORKD without the assistant, horkd, and terms of Eq. 8 joined by +
+    (L2+L3+LC), each taught as horkd is."""
     long: float = 2.0
     """Epochs of alone-long, as a multiple."""
     figure: Literal["", "curve", "terms"] = ""
@@ -93,6 +96,11 @@ class Config(Run):
                     f"--students {name}: no such row (there are: {', '.join(known)}, and terms "
                     f"of {' '.join(TERMS)} joined by +, not {min(wrong)!r})"
                 )
+        if "kd" in self.students and "none" in (self.teacher.head, self.student.head):
+            raise ValueError("--students kd: there are no logits with head none")
+        of_terms = [name for name in self.students if set(name.split("+")) <= set(TERMS)]
+        if self.figure == "terms" and not of_terms:
+            raise ValueError("--figure terms: no row of --students is of terms (L2+L3+LC)")
         if self.data.quality == "unlocalised":
             raise ValueError("--data.quality unlocalised: HORKD's networks see one picture")
         if self.temperature <= 0 or self.long <= 0:
@@ -111,7 +119,7 @@ _EMBEDDED = Config()
 # CIFAR-100. The paper names no schedule: RepDistiller's form, by 60, 120 and 160 of 200 epochs.
 _CIFAR_OPTIM = Optim(
     lr=0.1, nesterov=False, batch=128, epochs=200, schedule="step", warmup=0.0,
-    milestones=(60, 120, 160), gamma=0.2,
+    milestones=(60, 120, 160), gamma=0.2, clip=5.0,
 )  # fmt: skip
 _CIFAR = Config(
     data=Data(
@@ -122,6 +130,7 @@ _CIFAR = Config(
     assistant=Network(name="ResNet18", head="softmax"),
     student=Network(name="ResNet18", head="softmax"),
     optim=_CIFAR_OPTIM,
+    reduction="image",  # sums against a task loss that is a mean: training falls apart (README)
     students=("alone", "kd", "direct", "horkd"),
     evaluate_every=10,
 )  # fmt: skip
@@ -169,12 +178,13 @@ _METRIC = Config(
     student=Network(name="imagenet-resnet18", **_TRIPLET),
     optim=_METRIC_OPTIM,
     cls=0.0,
-    students=("horkd",),
+    students=("alone", "horkd"),
     evaluate_every=10,
 )  # fmt: skip
 _SIZES = (256, 224, 160, 128, 96)
-_TABLE4 = tuple(Variant(data=d, lr=r) for d in ("cars196", "cub", "sop") for r in _SIZES)
-_FIG3 = tuple(Variant(lr=r, students=("direct", "horkd")) for r in _SIZES)
+# the assistant of each run is the table's 256
+_TABLE4 = tuple(Variant(data=d, lr=r) for d in ("cars196", "cub", "sop") for r in _SIZES[1:])
+_FIG3 = tuple(Variant(lr=r) for r in _SIZES)
 
 _NONE: dict[str, Any] = {"head": "none", "margin": 0.2}
 _RETRIEVAL = replace(
@@ -220,12 +230,12 @@ _TABLE = {
         replace(_FACES, data=_UCCS),
     ),
     "table4": (
-        "Table 4: Cars196, CUB, SOP, ResNet50 at 256 -> ResNet18 at 256, 224, 160, 128, 96",
+        "Table 4: Cars196, CUB, SOP, ResNet50 at 256 -> ResNet18 at 256 (assistant) to 96",
         replace(_METRIC, vary=_TABLE4),
     ),
     "fig3": (
         "Fig. 3: Cars196 at 256 to 96, with the assistant and without",
-        replace(_METRIC, vary=_FIG3, figure="curve"),
+        replace(_METRIC, students=("direct", "horkd"), vary=_FIG3, figure="curve"),
     ),
     "fig4": (
         "Fig. 4: every subset of the terms, faces at 32, cross-structure stage only",
@@ -276,7 +286,12 @@ def members(config: Config) -> list[Config]:
 
 def at_hr(data: Data) -> Data:
     """The assistant's data: it sees HR images."""
-    return replace(data, lr=data.hr, quality="small")
+    return replace(data, lr=data.hr, quality="small", degradation="plain")
+
+
+def shown(arm: str) -> str:
+    """The name of its row."""
+    return "assistant, HR" if arm == ASSISTANT else arm
 
 
 def arms(config: Config) -> dict[str, Config]:
@@ -284,9 +299,15 @@ def arms(config: Config) -> dict[str, Config]:
 
     `stages` of each says what teaches it: "1" and "direct" the teacher, "2" the assistant.
     """
-    taught: Stages = "direct" if config.stages in ("1", "direct") else "2"
+    off: dict[str, Any] = dict.fromkeys(("kd", "fitnet", "attention"), 0.0)
+    own = replace(config, **off, stages="direct" if config.stages == "direct" else "2")
+    if config.stages in ("1", "both"):
+        assistant = replace(own, stages="1", data=at_hr(config.data), student=config.assistant)
+        if config.stages == "1":
+            return {ASSISTANT: assistant}
     none: dict[str, Any] = dict.fromkeys(("l1", "alpha", "beta", "gamma"), 0.0)
-    alone = replace(config, stages="direct", cls=1.0, **none)
+    distilled = replace(own, stages="direct", **none)
+    alone = replace(distilled, cls=1.0)
     o, times = config.optim, config.long
     later = tuple(round(times * m) for m in o.milestones)
     longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
@@ -294,24 +315,23 @@ def arms(config: Config) -> dict[str, Config]:
     known = {
         "alone": alone,
         "alone-long": replace(alone, optim=longer),
-        "kd": replace(alone, kd=1.0),
-        "fitnet": replace(alone, fitnet=100.0),
-        "at": replace(alone, attention=1000.0),
-        "rkd": replace(alone, **rkd),
-        "direct": replace(config, stages="direct"),
+        "kd": replace(distilled, kd=config.kd),
+        "fitnet": replace(alone, fitnet=config.fitnet),  # these two teach no embedding
+        "at": replace(alone, attention=config.attention),
+        "rkd": replace(distilled, **rkd),
+        "direct": replace(own, stages="direct"),
     }
-    found = {name: known[name] for name in config.students if name in known}
-    if config.stages in ("1", "both"):
-        found[ASSISTANT] = replace(
-            config, stages="1", data=at_hr(config.data), student=config.assistant
-        )
-    if config.stages == "1":
-        return found
+    found: dict[str, Config] = {}
+    if config.stages != "2":
+        skipped = "direct" if config.stages == "direct" else ""  # there it is the row horkd
+        found = {row: known[row] for row in config.students if row in known and row != skipped}
+    if config.stages == "both":
+        found[ASSISTANT] = assistant
     for name in config.students:
         if name in known:
             continue
         kept = TERMS if name == NAME else name.split("+")
         fields = zip(TERMS, ("l1", "alpha", "beta", "gamma"), strict=True)
         left_out: dict[str, Any] = {field: 0.0 for term, field in fields if term not in kept}
-        found[name] = replace(config, stages=taught, **left_out)
+        found[name] = replace(own, **left_out)
     return found

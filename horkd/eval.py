@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from horkd.config import ASSISTANT, NAME, Config, arms
+from horkd.config import ASSISTANT, NAME, Config, arms, shown
 from horkd.train import load_student
 from shared import cli, rescore, results
 
@@ -33,9 +33,11 @@ def evaluate(
     opened = rescore.opened(run, config, students, on=on, root=root, best=best)
     if opened.evaluation.native:
         students.pop(ASSISTANT, None)
-    return opened.write(
-        {arm: results.student_row(student, opened.evaluation) for arm, student in students.items()}
-    )
+    rows = {
+        shown(arm): results.student_row(student, opened.evaluation)
+        for arm, student in students.items()
+    }
+    return opened.write(rows)
 
 
 def main() -> None:

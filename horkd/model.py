@@ -29,7 +29,7 @@ class Projector(nn.Module):
 
 
 class Regressor(nn.Module):
-    """FitNet's: a 1x1 convolution from the student's channels to the teacher's at one stage.
+    """FitNet's: a 1x1 convolution and a ReLU, from the student's channels to the teacher's.
 
     forward: maps of student and teacher by name [B, C, h, w] -> (regressed student map, teacher
     map), the larger averaged to the size of the smaller.
@@ -40,13 +40,12 @@ class Regressor(nn.Module):
     def __init__(self, student: Recogniser, teacher: Recogniser, data: Data) -> None:
         super().__init__()
         narrow, wide = channels(student, data.lr_input), channels(teacher, data.hr)
-        self.conv = nn.Conv2d(narrow[self.STAGE], wide[self.STAGE], 1, bias=False)
-        self.bn = nn.BatchNorm2d(wide[self.STAGE])
+        self.conv = nn.Conv2d(narrow[self.STAGE], wide[self.STAGE], 1)
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        made = F.relu(self.bn(self.conv(student[self.STAGE].float())))
+        made = F.relu(self.conv(student[self.STAGE].float()))
         wanted = teacher[self.STAGE].float()
         size = min(made.shape[2], wanted.shape[2]), min(made.shape[3], wanted.shape[3])
         return F.adaptive_avg_pool2d(made, size), F.adaptive_avg_pool2d(wanted, size)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from baselines.losses import attention_transfer, fitnet
 from horkd import figures
-from horkd.config import ABOUT, ASSISTANT, NAME, RECIPES, Config, arms, at_hr, members
+from horkd.config import ABOUT, ASSISTANT, NAME, RECIPES, Config, arms, at_hr, members, shown
 from horkd.losses import L1, L2, L3, L_C
 from horkd.model import Projector, Regressor
-from horkd.stages import assistant, centers_of
+from horkd.stages import assistant, centers_of, check
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
 from shared.data.pipeline import Loader
@@ -44,6 +44,8 @@ __all__ = ["NAME", "RECIPES", "load_student", "train"]
 
 def train(config: Config) -> Path:
     """Teacher, assistant and students of one configuration; returns the run's folder."""
+    if (config.stages == "2") != bool(config.assistant_run):
+        raise ValueError("--stages 2 and --assistant-run RUN go together")
     run = Run.start(NAME, config)
     c, batch_size = config.data, config.optim.batch
 
@@ -69,6 +71,7 @@ def train(config: Config) -> Path:
     to_train = {arm: one for arm, one in networks.items() if not run.has_student(arm)}
     asked = [one for one in to_train.values() if one.stages != "2"]
     passes = sum(one.optim.epochs for one in asked if _distilled(one) or one.kd)
+    check(config, data)
     first = teacher.get(run, config.teacher, c, data, loader=low, passes=passes)
     second: FrozenTeacher | None = None  # the assistant, once it is trained
     centers: dict[FrozenTeacher, Tensor] = {}
@@ -82,7 +85,8 @@ def train(config: Config) -> Path:
         if wanted.gamma and taught_by not in centers:
             centers[taught_by] = centers_of(taught_by, data).to(run.device)
         torch.manual_seed(config.seed)  # every student starts from the same weights
-        student = begin(run, wanted.student, wanted.data.lr_input, data.classes)
+        flag = "--assistant" if arm == ASSISTANT else "--student"
+        student = begin(run, wanted.student, wanted.data.lr_input, data.classes, flag)
         if wanted.stages == "2" and wanted.student_init == "assistant":
             left = copy_matching(taught_by.recogniser, student)
             run.say(f"{arm}: starts from the assistant, but for {len(left)} tensors of other shape")
@@ -117,24 +121,28 @@ def train(config: Config) -> Path:
             # (weight, value); a task loss of weight 0 stays in, for ranks wait for its head
             terms = {"cls": (wanted.cls, cls)}
             if _distilled(wanted):
-                f, how = F.normalize(run.gather(e_t)), wanted.reduction
+                f, how, share = F.normalize(run.gather(e_t)), wanted.reduction, 1.0
+                if how == "image":
+                    how, share = "sum", 1 / len(f)
                 g_f = run.gather_with_gradient(F.normalize(projector(e_s.float())))
                 if wanted.l1:
-                    terms["L1"] = wanted.l1, L1(f, g_f, reduction=how)
+                    terms["L1"] = share * wanted.l1, L1(f, g_f, reduction=how)
                 if wanted.alpha:
-                    terms["L2"] = wanted.alpha, L2(f, g, reduction=how, penalty=wanted.penalty)
+                    l_2 = L2(f, g, reduction=how, penalty=wanted.penalty)
+                    terms["L2"] = share * wanted.alpha, l_2
                 if wanted.beta:
-                    terms["L3"] = wanted.beta, L3(f, g, reduction=how)
+                    terms["L3"] = share * wanted.beta, L3(f, g, reduction=how)
                 if wanted.gamma:
-                    terms["LC"] = wanted.gamma, L_C(f, g_f, centers[taught_by], reduction=how)
+                    l_c = L_C(f, g_f, centers[taught_by], reduction=how)
+                    terms["LC"] = share * wanted.gamma, l_c
             if wanted.kd:
                 terms["kd"] = wanted.kd, kd(z_s, z_t, wanted.temperature)
             if wanted.fitnet:
                 terms["fitnet"] = wanted.fitnet, fitnet(*regressor(maps_s, maps_t))
             if wanted.attention:
                 stages = [k for k in maps_s if k in maps_t and k.startswith("stage")]
-                each = [attention_transfer(maps_s[k], maps_t[k]) for k in stages]
-                terms["at"] = wanted.attention, torch.stack(each).sum()
+                at = torch.stack([attention_transfer(maps_s[k], maps_t[k]) for k in stages])
+                terms["at"] = wanted.attention, at.sum()
             loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -142,7 +150,9 @@ def train(config: Config) -> Path:
             norm = optim.clip(optimiser, wanted.optim.clip)
             phase.log(batch, loss=loss, gradient=norm, **{k: v for k, (_, v) in terms.items()})
             optimiser.step()
-            if phase.due(batch):
+            # a test split picks no epoch, and an assistant sees no natively small image
+            seen = wanted.stages != "1" or not data.selecting.native
+            if data.selection != "test" and seen and phase.due(batch):
                 with run.autocast():
                     found = score(reader(student, wanted.data, data.task), data.selecting)
                 phase.keep_best(student, found.headline, found.metrics)
@@ -153,13 +163,15 @@ def train(config: Config) -> Path:
         run.note(skipped=data.left_out())
         if data.left_out():
             run.say(f"{len(data.left_out())} images could not be decoded and were left out")
+        reference = "alone" if "alone" in networks else "direct"
         for name, test in data.tests():
             with run.autocast():
                 rows = results.teacher_rows(first, test, c)
             for arm in networks:
-                shown = "assistant, HR" if arm == ASSISTANT else arm
-                rows[shown] = results.student_row(run.place(load_student(run.folder, arm)), test)
-            results.write(run.folder, rows, test, reference="alone", name=name, own=NAME)
+                if arm != ASSISTANT or not test.native:
+                    trained = run.place(load_student(run.folder, arm))
+                    rows[shown(arm)] = results.student_row(trained, test)
+            results.write(run.folder, rows, test, reference=reference, name=name, own=NAME)
             run.note(seconds=run.seconds())
             print(results.table(run.folder, name))
             if config.report and name == "results":
@@ -190,11 +202,8 @@ def main() -> None:
     runs = members(config)
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
-    for one in runs:
-        if (one.stages == "2") != bool(one.assistant_run):
-            raise ValueError("--stages 2 and --assistant-run RUN go together")
-    if config.figure == "curve" and not RECIPES[config.recipe].vary:
-        raise ValueError(f"--figure curve: {config.recipe} is a single run")
+    if config.figure == "curve" and RECIPES[config.recipe].figure != "curve":
+        raise ValueError(f"--figure curve: {config.recipe} is no curve over one field")
     folders = [train(one) for one in runs]
     if config.figure and int(os.environ.get("RANK", 0)) == 0:
         figures.draw(config, folders)

@@ -163,7 +163,7 @@ def _recogniser(run: Run, teacher: Teacher, data: Data, dataset: DataSet) -> Rec
         trained = run.broadcast(path.is_file())
         if not trained:
             if teacher.weights:
-                line = run.in_turn(lambda: load_weights(recogniser, teacher))
+                line = run.in_turn(lambda: load_weights(recogniser, teacher, "--teacher"))
                 run.say(f"teacher: {teacher.name} {line}")
             _train(run, recogniser, teacher, data, dataset, folder)
             if run.rank == 0:

@@ -89,22 +89,30 @@ class Streaming:
         return len(self.labels)
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = torch.utils.data.DataLoader(
-            _Decoded(self.decode),
+        for index, images in zip(order, self._decoded(order), strict=True):
+            good = [k for k, image in enumerate(images) if isinstance(image, Tensor)]
+            bad = [k for k, image in enumerate(images) if not isinstance(image, Tensor)]
+            if bad and (self.on_error == "stop" or not good):
+                raise ValueError(images[bad[0]])
+            self.skipped |= {int(index[k]): str(images[k]) for k in bad}
+            rows = torch.arange(len(index))
+            rows[bad] = torch.tensor(good[:1]).expand(len(bad))
+            yield index[rows], torch.stack([images[k] for k in rows.tolist()])
+
+    def _decoded(self, order: Sequence[Tensor]) -> Iterator[list[Tensor | str]]:
+        """Images or messages of each part: read ahead by processes, one part alone by threads."""
+        decoded = _Decoded(self.decode)
+        if len(order) == 1:  # a batch that somebody asks for: processes would start anew each time
+            with ThreadPoolExecutor(max(1, self.workers)) as pool:
+                yield list(pool.map(decoded.__getitem__, order[0].tolist()))
+            return
+        yield from torch.utils.data.DataLoader(
+            decoded,
             batch_sampler=[index.tolist() for index in order],
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             collate_fn=list,
         )
-        for index, images in zip(order, loader, strict=True):
-            good = [k for k, image in enumerate(images) if isinstance(image, Tensor)]
-            bad = [k for k, image in enumerate(images) if not isinstance(image, Tensor)]
-            if bad and (self.on_error == "stop" or not good):
-                raise ValueError(images[bad[0]])
-            self.skipped |= {int(index[k]): images[k] for k in bad}
-            rows = torch.arange(len(index))
-            rows[bad] = torch.tensor(good[:1]).expand(len(bad))
-            yield index[rows], torch.stack([images[k] for k in rows.tolist()])
 
 
 class Part:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from shared.config import Data, Network, Teacher
+from shared.config import Data, Network
 from shared.data.pipeline import student_input
 from shared.data.protocols import Task
 from shared.degrade import low, to_uint8
@@ -98,7 +98,9 @@ class Recogniser(nn.Module):
         return self.head.pair(embedding, label)  # type: ignore[operator]
 
 
-def begin(run: Run, network: Network, size: int, classes: int) -> Recogniser:
+def begin(
+    run: Run, network: Network, size: int, classes: int, flag: str = "--student"
+) -> Recogniser:
     """A recogniser to be trained, on the run's device: fresh, but for what `network.weights` names.
 
     Every rank has to call it: the first one downloads. To go on from a checkpoint or to load a
@@ -109,19 +111,20 @@ def begin(run: Run, network: Network, size: int, classes: int) -> Recogniser:
     def made() -> Recogniser:
         recogniser = Recogniser(network, size, classes)
         if network.weights:
-            run.say(f"{network.name}: {load_weights(recogniser, network)}")
+            run.say(f"{network.name}: {load_weights(recogniser, network, flag)}")
         return recogniser
 
     return run.place(run.in_turn(made))
 
 
-def load_weights(recogniser: Recogniser, network: Network) -> str:
+def load_weights(recogniser: Recogniser, network: Network, flag: str) -> str:
     """Load what `network.weights` names into the backbone; returns a line that says what it was.
+    `flag`, such as --student, is for messages.
 
     "imagenet": torchvision's, for its ResNets (shared.models.imagenet). Else a file of the same
     architecture; what makes embedding or logits may be missing there and stays as it is.
     """
-    flag = f"--{'teacher' if isinstance(network, Teacher) else 'student'}.weights"
+    flag += ".weights"
     backbone = recogniser.backbone
     if network.weights != "imagenet":
         path = Path(network.weights).expanduser()

@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,11 @@ from horkd.config import RECIPES, arms, members
 from horkd.eval import evaluate
 from horkd.losses import L_C
 from horkd.model import Projector, Regressor
+from horkd.stages import centers_of
 from horkd.train import load_student, train
 from shared import models
 from shared.config import locate
-from shared.data.pipeline import normalise
+from shared.data.pipeline import Loader, Resident, normalise
 from shared.data.sets import load
 from shared.models.recogniser import Recogniser
 from tests.conftest import python, tiny_horkd
@@ -67,9 +70,10 @@ def test_published_settings_are_the_papers() -> None:
     for name, recipe in RECIPES.items():
         for one in members(recipe):
             assert (one.l1, one.alpha, one.beta, one.gamma) == (1.0, 0.02, 0.01, 1.0), name
-            assert one.reduction == "sum" and one.penalty == "squared"
+            assert one.reduction == ("image" if name == "table1" else "sum")
+            assert one.penalty == "squared"
     found = {(m.data.name, m.data.hr, m.data.lr) for m in members(RECIPES["table4"])}
-    sizes = (256, 224, 160, 128, 96)
+    sizes = (224, 160, 128, 96)  # 256 is the assistant
     assert found == {(d, 256, s) for d in ("cars196", "cub", "sop") for s in sizes}
     assert [m.cls for m in members(RECIPES["table1"])] == [1.0] * 3
     assert [m.cls for m in members(RECIPES["table2"])] == [0.0] * 2
@@ -88,8 +92,14 @@ def test_arms_are_what_their_names_say() -> None:
     rkd = found["rkd"]
     assert (rkd.l1, rkd.alpha, rkd.beta, rkd.gamma) == (0, 25, 50, 0)
     assert (rkd.reduction, rkd.penalty) == ("rkd", "huber")
-    for name in ("alone", "alone-long", "kd", "rkd"):
-        assert found[name].cls == 1.0
+    students = (*ROWS[:4], "at")
+    paper = arms(replace(RECIPES["embedded"], cls=0.0, kd=0.5, fitnet=2.0, students=students))
+    assert {name: one.cls for name, one in paper.items() if name in ROWS[:4]} == {
+        "alone": 1.0, "alone-long": 1.0, "kd": 0.0, "rkd": 0.0
+    }  # fmt: skip
+    others = {name: (one.kd, one.fitnet, one.attention) for name, one in paper.items()}
+    assert others.pop("kd") == (0.5, 0, 0) and others.pop("at") == (0, 0, 1000)
+    assert set(others.values()) == {(0, 0, 0)}
     assert found["alone-long"].optim.epochs == 2 * found["alone"].optim.epochs
 
 
@@ -109,10 +119,10 @@ def test_the_ablation_has_every_subset_of_the_terms() -> None:
 @pytest.mark.parametrize(
     ("stages", "rows"),
     [
-        ("1", ["alone", "direct", "assistant"]),
-        ("2", ["alone", "direct", "horkd"]),
+        ("1", ["assistant"]),
+        ("2", ["horkd"]),
         ("both", ["alone", "direct", "assistant", "horkd"]),
-        ("direct", ["alone", "direct", "horkd"]),
+        ("direct", ["alone", "horkd"]),
     ],
 )
 def test_stages_choose_what_is_trained(stages, rows: list[str]) -> None:
@@ -163,8 +173,6 @@ def test_the_first_step_of_stage_2_is_eq7_of_the_assistants_features_and_centres
     u = torch.stack([f[y == c].double().mean(0).float() for c in range(8)])
     order = torch.Generator().manual_seed(config.seed << 20)
     index = torch.randperm(len(y), generator=order)[:16]
-    from shared.data.pipeline import Loader
-
     loader = Loader(data.train, config.data, 16, seed=config.seed, device=torch.device("cpu"))
     batch = next(loader.epoch(0))
     assert torch.equal(batch.index, index)
@@ -194,10 +202,36 @@ def test_an_assistant_of_another_network_is_refused(
 ) -> None:
     config = tiny_horkd(tmp_path, cache, students=("horkd",), stages="2", assistant_run=str(run))
     other = replace(config, assistant=replace(config.assistant, name="small-teacher"))
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match="trained otherwise .--assistant."):
         train(other)
-    with pytest.raises(ValueError, match="no student 'assistant'"):
+    other = replace(config, data=replace(config.data, instances=9))
+    with pytest.raises(ValueError, match="trained otherwise .--data.instances."):
+        train(other)
+    with pytest.raises(ValueError, match="no run folder here"):
         train(replace(config, assistant_run=str(tmp_path)))
+    assert not list(tmp_path.glob("runs/horkd/*/metrics.jsonl"))  # before anything is trained
+
+
+def test_the_sums_over_the_images_are_the_mean_of_every_image(
+    run: Path, tmp_path: Path, cache: Path
+) -> None:
+    config = tiny_horkd(tmp_path, cache, students=("horkd",), reduction="image", stages="direct")
+    first = logged(train(config))[0]
+    (summed,) = [x for x in logged(run) if x["phase"] == "direct" and x["step"] == 0]
+    for term in WEIGHTS:
+        assert first[term] == pytest.approx(summed[term], rel=1e-5)
+    eq8 = sum(w * first[t] for t, w in WEIGHTS.items())
+    assert first["loss"] == pytest.approx(first["cls"] + eq8 / 16, rel=1e-5)
+
+
+def test_centres_leave_out_images_that_could_not_be_decoded(tmp_path: Path, cache: Path) -> None:
+    class Teacher:
+        def embeddings(self):
+            return np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]], np.float32)
+
+    images = Resident(np.zeros((3, 3, 2, 2), np.uint8), np.array([0, 0, 1]))
+    data = SimpleNamespace(train=images, classes=2)
+    assert torch.allclose(centers_of(Teacher(), data), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
 
 
 def test_a_student_can_start_from_the_assistant(run: Path, tmp_path: Path, cache: Path) -> None:
@@ -277,10 +311,9 @@ def test_the_assistant_is_scored_at_hr(run: Path) -> None:
 def test_eval_scores_every_network_of_the_run(run: Path) -> None:
     evaluate(run, "test")
     kept = table(run, "eval-test")["rows"]
-    assert list(kept) == ROWS
-    for arm in ROWS:
-        own = "assistant, HR" if arm == "assistant" else arm
-        assert kept[arm]["metrics"] == table(run)["rows"][own]["metrics"]
+    ours = {row: cells for row, cells in table(run)["rows"].items() if "teacher" not in row}
+    assert list(kept) == list(ours)
+    assert all(kept[row]["metrics"] == ours[row]["metrics"] for row in ours)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +326,10 @@ def test_eval_scores_every_network_of_the_run(run: Path) -> None:
         (["--assistant-run", "runs"], "--stages 2 and --assistant-run RUN go together"),
         (["--stages", "3"], "stages"),
         (["--temperature", "0"], "--temperature and --long must be above 0"),
-        (["--student.head", "none", "--images-per-class", "5"], "no multiple"),
-        (["--figure", "curve"], "--figure curve: embedded is a single run"),
+        (["--student.head", "none", "--students", "alone", "--images-per-class", "5"], "no multiple"),
+        (["--figure", "curve"], "--figure curve: embedded is no curve over one field"),
+        (["--figure", "terms"], "--figure terms: no row of --students is of terms"),
+        (["--student.head", "none"], "--students kd: there are no logits with head none"),
     ],
 )
 def test_a_bad_flag_is_one_line(tmp_path: Path, cache: Path, flags: list[str], said: str) -> None:

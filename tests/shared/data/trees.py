@@ -95,6 +95,22 @@ def write_folders(root: Path, faces: np.ndarray) -> None:
             put(root / f"{p:07d}" / f"{i + 1:03d}.png", image)
 
 
+def write_umdfaces(root: Path, faces: np.ndarray) -> list[str]:
+    """Two batches, each with its list, whose SUBJECT_IDs begin anew; returns the paths of all."""
+    names = []
+    for batch, people in enumerate(np.array_split(faces, 2), 1):
+        home = root / f"umdfaces_batch{batch}"
+        lines = ["SUBJECT_ID,FILE,FACE_ID,UF,FACE_X,FACE_Y,FACE_WIDTH,FACE_HEIGHT,YAW"]
+        for p, own in enumerate(people, 1):
+            for i, image in enumerate(own, 1):
+                file = f"person_{batch}_{p}/person_{batch}_{p}_{i:04d}.png"
+                put(home / file, image)
+                lines.append(f"{p},{file},{len(lines)},0,3.5,3,26,25.5,0")
+                names.append(f"{home.name}/{file}")
+        (home / f"{home.name}_ultraface.csv").write_text("\n".join(lines) + "\n")
+    return names
+
+
 def write_svhn(root: Path, each: int) -> None:
     """{train,test}_32x32.mat: X [32, 32, 3, N] uint8, y [N, 1] from 1 to 10, which is the 0."""
     digits = np.arange(10 * each) % 10 + 1
