@@ -257,7 +257,7 @@ def test_table4_retrieves_cars_and_never_chooses_by_the_test_classes(cars: Path)
 def test_table4_has_cub_and_the_retrieval_networks(train: Train, disk: Path) -> None:
     """imagenet-resnet18 for all three, whose sizes differ by nothing but their input."""
     name = "imagenet-resnet18"
-    run = train("table4", *METRIC, "--only", 5, "--data.root", disk / "retrieval", "--data.hr", 64,
+    run = train("table4", *METRIC, "--only", 5, "--data.root", disk / "retrieval", "--data.hr", 48,
                 "--data.lr", 32, "--teacher.name", name, "--students", "horkd")  # fmt: skip
     made = settings(run)
     assert made["data"]["name"] == "cub"
@@ -356,7 +356,8 @@ def test_embedded_retrieval_finds_classes_that_nobody_was_taught(train: Train) -
 
 
 def test_ablation_terms_is_a_figure_against_the_student_alone(train: Train) -> None:
-    run = train("ablation-terms", *DRAWN, "--students", "alone", "L3", "L2+L3")
+    run = train("ablation-terms", *DRAWN, "--data.development", 24, "--data.test", 24,
+                "--students", "alone", "L3", "L2+L3")  # fmt: skip
     shown = record(run / "figures", "ablation-terms")
     assert (list(shown["rows"]), shown["reference"]) == (["L3", "L2+L3"], "alone")
     assert looks_drawn(run, "ablation-terms")

@@ -26,7 +26,7 @@ from shared.files import write_bytes, write_checkpoint
 from shared.models.recogniser import Recogniser
 from shared.phase import Phase
 from shared.run import Run
-from tests.conftest import ROOT, python, tiny_aird
+from tests.conftest import ROOT, python, tiny_aird, tiny_horkd
 
 # A run of train() in a process of its own that ends itself by a signal at step STEP of phase ARM.
 KILLED = """
@@ -312,12 +312,14 @@ if int(os.environ.get("RANK", 0)) == 0:
 """
 
 
-@pytest.mark.parametrize("paper", ["crrcd", "aird", "aird, random pairs"])
+@pytest.mark.parametrize("paper", ["crrcd", "aird", "aird, random pairs", "horkd"])
 def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(
     make_config, tmp_path: Path, cache: Path, paper: str
 ) -> None:
     if paper == "crrcd":
         config = make_config()
+    elif paper == "horkd":
+        config = tiny_horkd(tmp_path, cache, students=("horkd",))
     else:
         sampling = "random" if "random" in paper else "preselected"
         # all 56 images of other people: which are hardest may differ where teachers round apart
