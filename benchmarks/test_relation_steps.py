@@ -9,6 +9,7 @@ ResNet18 at 32 px, 2048-d teacher, 100 class centres (Table 1). EmbedKD: ImageNe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -85,19 +86,24 @@ def embedkd_step(own: Own) -> Step:
     return step
 
 
+@functools.cache
+def _slower(method: str) -> bool:
+    return median(Own(method, 32, torch.bfloat16).step) > median(Own(method, 32, None).step)
+
+
 METHODS = {"horkd": horkd_step, "embedkd": embedkd_step}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("batch", [128, 512])
+# At 512 images in fp32 a step takes many seconds, of which the losses are no larger a share.
+@pytest.mark.parametrize(("batch", "precision"), [(128, "fp32"), (128, "bf16"), (512, "bf16")])
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_step(method: str, batch: int, precision: str, bounds, record) -> None:
-    own = Own(method, batch, torch.bfloat16 if precision == "bf16" else None)
-    if precision == "bf16" and median(own.step) > median(Own(method, batch, None).step):
+    if precision == "bf16" and _slower(method):
         pytest.skip("bf16 is slower than fp32 on this processor, and no run would choose it")
+    own = Own(method, batch, torch.bfloat16 if precision == "bf16" else None)
     name = f"{method} step against the student's own, batch {batch}, {precision}"
     bound = bounds.get(name, {}).get("speed", 0)
-    found = confirmed(own.step, METHODS[method](own), bound)
+    found = confirmed(own.step, METHODS[method](own), bound, rounds=5 if batch == 128 else 3)
     record(name, speed=found)
     print(f"{name}: {1 / found:.2f} times as long")
     assert found >= bound

@@ -46,6 +46,9 @@ def train(config: Config) -> Path:
     """Teacher, assistant and students of one configuration; returns the run's folder."""
     if (config.stages == "2") != bool(config.assistant_run):
         raise ValueError("--stages 2 and --assistant-run RUN go together")
+    if not arms(config):
+        raise ValueError(f"--students {' '.join(config.students)}: --stages {config.stages} trains "
+                         "none of them")  # fmt: skip
     run = Run.start(NAME, config)
     c, batch_size = config.data, config.optim.batch
 

@@ -31,8 +31,9 @@ class Opened:
 
     def write(self, rows: dict[str, results.Row]) -> str:
         """Keep a table in the run's folder as JSON; returns it as text."""
+        reference = "alone" if "alone" in rows else "direct"  # HORKD's student without assistant
         results.write(
-            self.run, rows, self.evaluation, reference="alone", name=self.name, epoch=self.epoch
+            self.run, rows, self.evaluation, reference=reference, name=self.name, epoch=self.epoch
         )
         return results.table(self.run, self.name, details=True)
 

@@ -326,6 +326,7 @@ def test_eval_scores_every_network_of_the_run(run: Path) -> None:
         (["--stages", "2"], "--stages 2 and --assistant-run RUN go together"),
         (["--assistant-run", "runs"], "--stages 2 and --assistant-run RUN go together"),
         (["--stages", "3"], "stages"),
+        (["--stages", "direct", "--students", "direct"], "--stages direct trains none of them"),
         (["--temperature", "0"], "--temperature and --long must be above 0"),
         (["--student.head", "none", "--students", "alone", "--images-per-class", "5"], "multiple"),
         (["--figure", "curve"], "--figure curve: embedded is no curve over one field"),
