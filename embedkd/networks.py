@@ -15,18 +15,18 @@ from shared.models.recogniser import Recogniser
 
 def stages(
     maps_s: Mapping[str, Tensor], maps_t: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """(student's, teacher's) map of each stage that both have: [B, C, h, w] each.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(student's, teacher's) map of each stage that both have, by its name: [B, C, h, w] each.
 
     The student's is the stage's output, the teacher's the last 3x3 convolution of the stage's last
     bottleneck ("stage1.inner"), where it has bottlenecks, or else the output too. Hints and
     attention alike. Source: Sec. 4.2, footnote 2 and Fig. 3.
     """
-    return [
-        (maps_s[name], maps_t.get(f"{name}.inner", maps_t[name]))
+    return {
+        name: (maps_s[name], maps_t.get(f"{name}.inner", maps_t[name]))
         for name in maps_s
-        if name.startswith("stage") and name in maps_t
-    ]
+        if name.startswith("stage") and not name.endswith(".inner") and name in maps_t
+    }
 
 
 def check(config: Config, students: Iterable[Config]) -> None:
@@ -51,11 +51,13 @@ def check(config: Config, students: Iterable[Config]) -> None:
     found = stages(maps_s, maps_t)
     if not found and asked & {"hint", "at"}:
         raise ValueError(f"{pair}: no stage that both have, so neither hints nor attention")
-    for number, (s, t) in enumerate(found, 1):
-        if "hint" in asked and s.shape[1] != t.shape[1]:
+    for name, (s, t) in found.items():
+        if "hint" in asked and s.shape != t.shape:
+            sizes_t, sizes_s = (" x ".join(map(str, m.shape[1:])) for m in (t, s))
             raise ValueError(
-                f"{pair}: stage {number} has {t.shape[1]} and {s.shape[1]} channels; hints compare "
-                "maps of equal ones (imagenet-resnet101 and imagenet-resnet18), attention does not"
+                f"{pair}: {name} is {sizes_t} and {sizes_s} (channels x height x width); hints "
+                "compare equal ones (imagenet-resnet101 and imagenet-resnet18 on images of one "
+                "size), attention any"
             )
 
 

@@ -9,6 +9,9 @@ DIFFERENCES = (
     ("alone-long", "alone"), ("pkt", "alone"), ("darkrank", "alone"), ("abs", "alone"),
     ("rel", "alone"), ("abs", "alone-long"), ("rel", "alone-long"), ("rel", "abs"),
     ("rel", "pkt"), ("rel", "darkrank"),
+    ("abs+hint", "abs"), ("rel+hint", "rel"), ("abs+at", "abs"), ("rel+at", "rel"),
+    ("abs+unlabelled", "abs"), ("rel+unlabelled", "rel"), ("abs-only", "alone"),
+    ("rel-only", "alone"),
 )  # fmt: skip
 
 

@@ -36,10 +36,14 @@ __all__ = ["NAME", "RECIPES", "load_student", "train"]
 
 def train(config: Config) -> Path:
     """Teacher and students of one configuration; returns the run's folder."""
+    if config.count:
+        name = config.recipe
+        raise ValueError(f"{name} trains nothing: python train.py {name} prints the counts")
     students = arms(config)
     check(config, students.values())
     run = Run.start(NAME, config)
     c, each, batch_size = config.data, config.images_per_class, config.optim.batch
+    p_all = batch_size // each if config.student.head == "none" else 0  # P of P x K batches
 
     # ---- data
     cache, known = locate(config.cache), config.teacher.identities
@@ -61,17 +65,25 @@ def train(config: Config) -> Path:
                       device=run.device, rank=run.rank, world=run.world, sampler=sampler,
                       whole=data.train_whole)  # fmt: skip
 
+    to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
+    of_labelled = loader(p_all, 0)
+    loaders = {  # all of them before hours are spent on a teacher
+        arm: loader(p_all if one.labelled else 0, one.unlabelled) for arm, one in to_train.items()
+    }
     run.note(licence=data.licence, selection=data.selection, labelled=int(labelled.sum()),
              **data.notes)  # fmt: skip
 
     # ---- networks
     side = c.lr_input
     run.choose_precision(Recogniser(config.student, side, data.classes), side, batch_size)
-    to_train = {arm: one for arm, one in students.items() if not run.has_student(arm)}
+    if config.teacher.weights and not config.student.weights:
+        run.say(f"{config.student.name} starts from random numbers, the paper's from ImageNet's: "
+                "--student.weights FILE")  # fmt: skip
     passes = sum(one.optim.epochs for one in to_train.values()  # maps are never kept
                  if weights(one) and not one.rho and not one.kappa)  # fmt: skip
-    taught_by = teacher.get(run, config.teacher, c, data, loader=loader(batch_size // each, 0),
-                            passes=passes)  # fmt: skip
+    taught_by = teacher.get(run, config.teacher, c, data, loader=of_labelled, passes=passes)
+    for one_loader in loaders.values():  # LR views that are kept are of all images
+        one_loader.kept_low = of_labelled.kept_low
     of_embeddings: dict[str, Callable[..., Tensor]] = {
         "abs": absolute, "rel": functools.partial(relative, mode=config.relative_mode),
         "pkt": pkt, "darkrank": darkrank,
@@ -84,9 +96,8 @@ def train(config: Config) -> Path:
 
         # ---- optimiser
         optimiser = optim.make(wanted.optim, [student])
-        p = batch_size // each if wanted.labelled else 0
-        batches = loader(p, wanted.unlabelled)
-        phase = run.phase(arm, {"student": student}, optimiser, batches, wanted.optim)
+        phase = run.phase(arm, {"student": student}, optimiser, loaders[arm], wanted.optim)
+        pairs = p_all * each if wanted.labelled else 0  # images of a batch whose labels are used
 
         # ---- loop
         weight, zero = weights(wanted), torch.zeros((), device=run.device)
@@ -103,14 +114,20 @@ def train(config: Config) -> Path:
             e_t = F.normalize(run.gather(f_t)) if weight else e_s
             if wanted.student.head != "none":  # a comparison that holds L_ML equal
                 ml = F.cross_entropy(student.logits(f_s, batch.y), batch.y) + student.penalty
-            elif p:  # without their labels, the images behind the P x K ones are in no triplet
-                y = run.gather(batch.y)[: p * each]
-                ml = triplet(e_s[: p * each], y, wanted.student.margin)
+            elif pairs:  # without their labels, the images behind the P x K ones are in no triplet
+                ml = triplet(e_s[:pairs], run.gather(batch.y)[:pairs], wanted.student.margin)
             else:
                 ml = zero
-            kd = {term: of_embeddings[term](e_s, e_t) for term in weight if term in of_embeddings}
+            sets = [(e_s, e_t)]
+            if pairs and wanted.unlabelled:  # two mechanisms on two sets (Sec. 5.2)
+                sets = [(e_s[:pairs], e_t[:pairs]), (e_s[pairs:], e_t[pairs:])]
+            kd = {
+                term: sum((of_embeddings[term](s, t) for s, t in sets), zero)
+                for term in weight if term in of_embeddings
+            }  # fmt: skip
             for term in (name for name in of_maps if name in weight):
-                kd[term] = sum((of_maps[term](a, b) for a, b in stages(maps_s, maps_t)), zero)
+                kd[term] = sum((of_maps[term](a, b) for a, b in stages(maps_s, maps_t).values()),
+                               zero)  # fmt: skip
             loss = ml + sum(weight[term] * value for term, value in kd.items())
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -56,8 +56,8 @@ class Data:
     """What a shift brings in at the border. image: the picture itself, which is brought to hr + 2
     shift px a side, so that a view is a crop of hr px, and an evaluation sees the centre one."""
     crop: Literal["shift", "resized"] = "shift"
-    """resized: a training view is a random part of the picture (8 to 100 % of its area, sides 3:4
-    to 4:3) brought to hr px, drawn anew for each image and epoch."""
+    """resized: a training view is a random part of the picture's centre square (8 to 100 % of its
+    area, sides 3:4 to 4:3) brought to hr px, drawn anew for each image and epoch."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per RGB channel, of values in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -66,8 +66,8 @@ class FrozenTeacher(nn.Module):
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(e_t [B, D], z_t [B, classes]) of a batch's HR views, float32.
 
-        Kept ones where `get` keeps them, else live: the same bits (shared.data.teacher_cache). To
-        be called under the run's autocast.
+        Kept ones where `get` keeps them, else live: the same bits at the batch size that they were
+        computed in (shared.data.teacher_cache). To be called under the run's autocast.
         """
         if self.cache is not None and self.cache.ready:
             return self.cache.rows(batch)

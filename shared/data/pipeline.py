@@ -165,9 +165,10 @@ def prepared(
 ) -> tuple[Images, list[str]]:
     """Items as images of `size` px (shared.data.items.fit), and why some were left out.
 
-    Where views are crops (Data.kept above Data.hr), all of a picture is brought to as much more px,
-    whatever its shape: a training image stays so, of others it is the centre. `whole`: small, tight
-    crops, which are taken whole and leave no room.
+    Where views are crops (Data.kept above Data.hr), a picture is brought to as much more px: all of
+    it, whatever its shape, or for Data.crop "resized" its centre square. A training image stays so,
+    of others it is the centre. `whole`: small, tight crops, which are taken whole and leave no
+    room.
 
     In memory where they fit into `data.resident_gib`, decoded by `data.workers` threads; else
     decoded by as many processes when they are asked for. What cannot be decoded is a ValueError, or
@@ -178,13 +179,14 @@ def prepared(
     skip = role != "protocol" and data.on_error == "skip"
     hint = "" if skip or role == "protocol" else "; --data.on-error skip leaves such images out"
     room = 0 if whole else data.kept - data.hr
+    all_of_it = room > 0 and data.crop != "resized"
     shown = size + room if role == "training" else size
     streamed = len(items) * 3 * shown * shown > data.resident_gib * 2**30
     left_out: list[str] = []
     if streamed and skip and role == "held out":
         fine, left_out = _each(items, data, lambda number: items.image(number), skip)
         items = Subset(items, fine, items.labels[fine])
-    decode = functools.partial(_fitted, items, size + room, whole or room > 0, shown, hint)
+    decode = functools.partial(_fitted, items, size + room, whole or all_of_it, shown, hint)
     labels = torch.as_tensor(items.labels)
     if streamed:
         on_error = "skip" if skip else "stop"

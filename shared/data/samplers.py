@@ -5,7 +5,6 @@ Labels alone decide; no image is opened. There is no state: any epoch can be ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -32,8 +31,7 @@ class PKSampler:
     their visits differ by at most 1: images of small classes are seen more often than those of
     large ones. A class hands out its images in one shuffled cycle an epoch, and none again before
     all others; a class of fewer than K images (`small` counts them) repeats its own within a batch.
-    A batch is K images of the first class, K of the second, and so on; rank r of `world` takes the
-    r-th contiguous part, which holds whole classes: P must be a multiple of `world`.
+    A batch is K images of the first class, K of the second, and so on.
 
     Raises ValueError where P classes or P K images are not there.
     """
@@ -45,8 +43,6 @@ class PKSampler:
         images_per_class: int,
         *,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         p, k = classes_per_batch, images_per_class
         labels = torch.as_tensor(labels).cpu()
@@ -54,18 +50,12 @@ class PKSampler:
             raise ValueError(f"labels must be whole numbers [N], not {labels.dtype} {labels.shape}")
         if p < 1 or k < 1:
             raise ValueError(f"P is {p} and K {k}: a batch needs 1 class and 1 image or more")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}: must be from 0 to {world - 1}")
-        if p % world:
-            raise ValueError(
-                f"P = {p} classes cannot be shared by {world} ranks: take a multiple of {world}"
-            )
         _, self.number, self.counts = labels.unique(return_inverse=True, return_counts=True)
         if len(self.counts) < p:
             raise ValueError(f"{len(self.counts)} classes do not fill a batch of P = {p}")
         if len(labels) < p * k:
             raise ValueError(f"{len(labels)} images do not fill a batch of {p} x {k}")
-        self.p, self.k, self.seed, self.rank, self.world = p, k, seed, rank, world
+        self.p, self.k, self.seed = p, k, seed
         self.size = p * k
         self.steps = len(labels) // self.size
         self.small = int((self.counts < k).sum())
@@ -92,12 +82,6 @@ class PKSampler:
         place = (visit * self.k)[:, None] + torch.arange(self.k)
         first = self.counts.cumsum(0) - self.counts
         return cycle[(first[chosen][:, None] + place % self.counts[chosen][:, None]).flatten()]
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """This rank's batches, int64 [P * K / world], from step `start` on."""
-        own = self.p * self.k // self.world
-        batches = self.order(epoch).view(self.steps, self.world, own)
-        yield from batches[start:, self.rank]
 
     def _rounds(self, rounds: int, generator: torch.Generator) -> Tensor:
         """Permutations of the classes [rounds, C] in which any P successive ones of a batch differ.

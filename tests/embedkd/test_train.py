@@ -19,7 +19,7 @@ from embedkd.losses import absolute, relative, triplet
 from embedkd.train import load_student, train
 from shared.config import MATCHED, locate, to_dict
 from shared.data.pipeline import Loader
-from shared.data.samplers import PKSampler
+from shared.data.samplers import HalfLabelled, PKSampler
 from shared.data.sets import DataSet, load
 from shared.models.recogniser import Recogniser, read_metadata
 from tests.conftest import python, tiny
@@ -83,6 +83,54 @@ def test_the_first_step_is_the_equations_on_unit_embeddings(tmp_path: Path) -> N
         if x["step"] == 0:
             for term in wanted.keys() & x.keys():
                 assert x[term] == pytest.approx(float(wanted[term]), rel=1e-4)
+
+
+def test_the_teachers_loss_of_labelled_and_of_unlabelled_images_is_a_sum(tmp_path: Path) -> None:
+    """Sec. 5.2: two mechanisms on two sets. The first step of the student, by the equations."""
+    config = small(tmp_path, tmp_path / "cache", labelled=0.5, images_per_class=2,
+                   students=("abs+unlabelled", "rel+unlabelled", "rel-only"))  # fmt: skip
+    config = replace(config, optim=replace(config.optim, epochs=1, batch=8),
+                     relative_mode="frobenius")  # fmt: skip
+    run = train(config)
+    data = load(config.data, cache=locate(config.cache), teacher_identities=8)
+    data, labelled = restrict(data, config)
+    teacher = Recogniser(config.teacher, 64, data.teacher_classes).eval()
+    (kept,) = (tmp_path / "cache" / "teachers").glob("*/teacher.safetensors")
+    teacher.load_state_dict(load_file(kept))
+    first = {x["phase"]: x for x in logged(run) if x["step"] == 0}
+    for p, arms_of in ((4, ("abs", "rel")), (0, ("rel",))):
+        sampler = HalfLabelled(data.train.labels, labelled, p, 2, unlabelled=8, seed=config.seed)
+        loader = Loader(data.train, config.data, sampler.size, seed=config.seed,
+                        device=torch.device("cpu"), sampler=sampler)  # fmt: skip
+        batch = next(loader.epoch(0))
+        torch.manual_seed(config.seed)
+        student = Recogniser(config.student, 16, data.classes)
+        with torch.no_grad():
+            e_s = F.normalize(student.train()(batch.x_l())).double()
+            e_t = F.normalize(teacher(batch.x_h())).double()
+        sets = [range(8), range(8, 16)] if p else [range(8)]
+        wanted = {"abs": 0.0, "rel": 0.0}
+        for images in sets:
+            wanted["abs"] += sum(float((e_s[i] - e_t[i]).norm()) for i in images) / 8
+            squares = 0.0
+            for i in images:
+                for j in images:
+                    d_s, d_t = float((e_s[i] - e_s[j]).norm()), float((e_t[i] - e_t[j]).norm())
+                    squares += (d_s - d_t) ** 2
+            wanted["rel"] += squares**0.5
+        for term in arms_of:
+            found = first[f"{term}+unlabelled" if p else f"{term}-only"][term]
+            assert found == pytest.approx(wanted[term], rel=1e-4)
+
+
+def test_batches_that_cannot_be_made_are_refused_before_a_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, tmp_path / "cache", labelled=0.5, unlabelled=999,
+                   students=("alone", "rel+unlabelled"))  # fmt: skip
+    monkeypatch.setattr(embedkd.train.teacher, "get", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="24 unlabelled images do not give 999 for a batch"):
+        train(config)
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, cache: Path) -> None:

@@ -250,10 +250,10 @@ def test_downsample_refuses_what_it_cannot_do() -> None:
 def test_a_p_x_k_sampler_orders_the_batches_of_every_rank() -> None:
     labels = torch.arange(24) % 6
     images = Resident(pixels(24), labels)
-    samplers = [PKSampler(labels, 4, 3, seed=1, rank=r, world=2) for r in (0, 1)]
+    sampler = PKSampler(labels, 4, 3, seed=1)
     loaders = [
-        Loader(images, DATA, 12, seed=1, device=CPU, rank=r, world=2, sampler=s)
-        for r, s in enumerate(samplers)
+        Loader(images, DATA, 12, seed=1, device=CPU, rank=r, world=2, sampler=sampler)
+        for r in (0, 1)
     ]
     for first, second in zip(loaders[0].epoch(3), loaders[1].epoch(3), strict=True):
         y = torch.cat([first.y, second.y])
@@ -261,7 +261,7 @@ def test_a_p_x_k_sampler_orders_the_batches_of_every_rank() -> None:
         assert torch.equal(first.y, labels[first.index])
         assert first.x_l().shape == (6, 3, 4, 4)
     with pytest.raises(ValueError, match="a batch of 10 is not the 12 images of the sampler's"):
-        Loader(images, DATA, 10, seed=1, device=CPU, sampler=samplers[0])
+        Loader(images, DATA, 10, seed=1, device=CPU, sampler=sampler)
 
 
 def test_realistic_views_can_be_replayed_and_change_with_the_epoch() -> None:
@@ -304,7 +304,10 @@ def test_views_of_pictures_with_room_are_plain_slices_of_them(flip: bool) -> Non
     assert torch.equal(alone.apply(x, torch.tensor([0])), x)
 
 
-def test_a_picture_is_resized_whole_and_evaluations_see_its_centre() -> None:
+def test_a_picture_is_resized_whole_or_to_its_centre_square_and_evaluations_see_the_centre() -> (
+    None
+):
+    """Whole where crops are shifts; shorter side, then the centre, where they are random parts."""
     drawn = np.random.default_rng(0).integers(0, 256, (3, 30, 47, 3), dtype=np.uint8)
     items = Encoded("some", list(drawn), np.arange(3))
     for data, side, size in ((ROOM, 20, 16), (RANDOM, 16, 14), (replace(RANDOM, hr=12), 13, 12)):
@@ -315,7 +318,10 @@ def test_a_picture_is_resized_whole_and_evaluations_see_its_centre() -> None:
             test, _ = prepared(items, how, data.hr)
             both = (next(images.batches([torch.arange(3)]))[1] for images in (train, test))
             for k, (whole, middle) in enumerate(zip(*both, strict=True)):
-                expected = Image.fromarray(drawn[k]).resize((side, side), Image.Resampling.BICUBIC)
+                wide = side if data.pad == "image" else round(side * 47 / 30)
+                expected = Image.fromarray(drawn[k]).resize((wide, side), Image.Resampling.BICUBIC)
+                left = (wide - side) // 2
+                expected = expected.crop((left, 0, left + side, side))
                 assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.array(expected))
                 part = slice(first, first + size)
                 assert torch.equal(middle, whole[:, part, part])
