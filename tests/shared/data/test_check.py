@@ -12,7 +12,7 @@ from PIL import Image
 from shared import cli
 from shared.config import Data
 from shared.data import check
-from shared.data.sets import FACE_SETS, RETRIEVAL
+from shared.data.sets import FACE_SETS, PROCEDURAL, RETRIEVAL
 from tests.conftest import python
 from tests.shared.data import trees
 
@@ -94,4 +94,4 @@ def test_classification_sets_and_retrieval_sets_are_known() -> None:
     known = typing.get_args(typing.get_type_hints(Data)["name"])
     trained = {*FACE_SETS, *RETRIEVAL, *check.NATIVE}
     assert trained <= set(check.SETS)
-    assert set(known) == trained | {"faces", "digits", "folder"}
+    assert set(known) == trained | {*PROCEDURAL, "digits", "folder"}

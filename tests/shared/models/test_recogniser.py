@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 
-from shared.config import Network, Teacher
+from shared.config import Network
 from shared.models import imagenet
 from shared.models.recogniser import (
     HEADS,
@@ -162,22 +162,23 @@ def test_imagenet_weights_leave_the_embedding_as_drawn(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "weights", "line"),
+    ("flag", "name", "weights", "line"),
     [
-        (Teacher, "resnet8", "imagenet",
-         "--teacher.weights imagenet: torchvision has no such weights for resnet8"),
-        (Network, "mobilenet-0.25", "imagenet", "--student.weights imagenet: torchvision has no"),
-        (Network, "small-student", "{}/none.pth", "--student.weights .*none.pth: no such file"),
-        (Teacher, "small-student", "{}/other.pth",
+        ("--assistant", "resnet8", "imagenet",
+         "--assistant.weights imagenet: torchvision has no such weights for resnet8"),
+        ("--student", "mobilenet-0.25", "imagenet",
+         "--student.weights imagenet: torchvision has no"),
+        ("--student", "small-student", "{}/none.pth", "--student.weights .*none.pth: no such file"),
+        ("--teacher", "small-student", "{}/other.pth",
          "--teacher.weights .*other.pth does not fit SmallNet: .* missing .* unexpected"),
     ],
 )  # fmt: skip
 def test_weights_that_cannot_be_loaded_are_one_clear_line(
-    kind: type[Network], name: str, weights: str, line: str, tmp_path: Path
+    flag: str, name: str, weights: str, line: str, tmp_path: Path
 ) -> None:
     torch.save(Recogniser(Network("resnet8"), 16, 5).backbone.state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=f"^{line}") as info:
-        begin(quiet_run([]), kind(name, weights=weights.format(tmp_path)), 16, 5)
+        begin(quiet_run([]), Network(name, weights=weights.format(tmp_path)), 16, 5, flag)
     assert "\n" not in str(info.value)
 
 
