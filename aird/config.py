@@ -215,9 +215,7 @@ def members(config: Config) -> list[Config]:
 def arms(config: Config) -> dict[str, Config]:
     """The students of one run by name, each with the weights and length it is trained with."""
     alone = replace(config, alpha=0.0, beta=0.0)
-    o, times = config.optim, config.long
-    later = tuple(round(times * m) for m in o.milestones)
-    longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
+    longer = config.optim.longer(config.long)
     known = {
         "alone": alone,
         "alone-long": replace(alone, optim=longer),

@@ -261,9 +261,7 @@ def arms(config: Config) -> dict[str, Config]:
     """The students of one run by name: the baselines, then the paper's."""
     kd = replace(config, beta=0.0)
     alone = replace(kd, alpha=0.0)
-    o, times = config.optim, config.long
-    later = tuple(round(times * m) for m in o.milestones)
-    longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
+    longer = config.optim.longer(config.long)
     known = {
         "alone": alone,
         "alone-long": replace(alone, optim=longer),

@@ -278,9 +278,7 @@ def arms(config: Config) -> dict[str, Config]:
     alone = replace(config, **none, rho=0.0, kappa=0.0, unlabelled=0)  # type: ignore[arg-type]
     absolute = replace(alone, lambda_abs=config.lambda_abs)
     relative = replace(alone, lambda_rel=config.lambda_rel)
-    o, times = config.optim, config.long
-    later = tuple(round(times * m) for m in o.milestones)
-    longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
+    longer = config.optim.longer(config.long)
     known: dict[str, Config] = {
         "alone": alone,
         "alone-long": replace(alone, optim=longer),

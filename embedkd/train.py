@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.losses import darkrank, pkt
 from embedkd.config import ABOUT, NAME, OWN, RECIPES, Config, arms, members, weights
 from embedkd.figures import draw
 from embedkd.labels import restrict
 from embedkd.losses import absolute, attention, hint, relative, triplet
 from embedkd.networks import check, sizes, stages
 from shared import cli, optim, report, results, teacher
+from shared.baselines import darkrank, pkt
 from shared.config import locate
 from shared.data.pipeline import Loader
 from shared.data.samplers import HalfLabelled

@@ -308,9 +308,7 @@ def arms(config: Config) -> dict[str, Config]:
     none: dict[str, Any] = dict.fromkeys(("l1", "alpha", "beta", "gamma"), 0.0)
     distilled = replace(own, stages="direct", **none)
     alone = replace(distilled, cls=1.0)
-    o, times = config.optim, config.long
-    later = tuple(round(times * m) for m in o.milestones)
-    longer = replace(o, epochs=max(1, round(times * o.epochs)), milestones=later)
+    longer = config.optim.longer(config.long)
     rkd: dict[str, Any] = {"alpha": 25.0, "beta": 50.0, "reduction": "rkd", "penalty": "huber"}
     known = {
         "alone": alone,

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.losses import attention_transfer, fitnet
 from horkd import figures
 from horkd.config import ABOUT, ASSISTANT, NAME, RECIPES, Config, arms, at_hr, members, shown
 from horkd.losses import L1, L2, L3, L_C
 from horkd.model import Projector, Regressor
 from horkd.stages import assistant, centers_of, check
 from shared import cli, optim, report, results, teacher
+from shared.baselines import attention_transfer, fitnet
 from shared.config import locate
 from shared.data.pipeline import Loader
 from shared.data.samplers import PKSampler

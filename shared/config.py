@@ -148,6 +148,12 @@ class Optim:
     clip: float = 0.0
     """Largest norm of the whole gradient; 0: measured, not clipped."""
 
+    def longer(self, times: float) -> Optim:
+        """The same over `times` as many epochs, milestones included."""
+        later = tuple(round(times * m) for m in self.milestones)
+        epochs = max(1, round(times * self.epochs))
+        return dataclasses.replace(self, epochs=epochs, milestones=later)
+
     def __post_init__(self) -> None:
         _at_least(1, "optim", self, "epochs")
         _at_least(2, "optim", self, "batch")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baselines.losses import attention_transfer, darkrank, fitnet, pkt, rkd
+from shared.baselines import attention_transfer, darkrank, fitnet, pkt, rkd
 
 
 def normal(*shape: int, seed: int) -> Tensor:
