@@ -138,13 +138,16 @@ class Optim:
     """Images a step, over all ranks."""
     epochs: int = 24
     """Passes over the training images."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: to 0 after the warm-up. step: times gamma at each milestone."""
+    schedule: Literal["cosine", "step", "poly"] = "cosine"
+    """cosine: to 0 after the warm-up. step: times gamma at each milestone. poly: to 0 as the share
+    of the steps that are left, to the power."""
     warmup: float = 0.1
     """Share of all steps over which the rate rises linearly."""
     milestones: tuple[int, ...] = ()
     """Epochs, for step."""
     gamma: float = 0.1
+    power: float = 2.0
+    """Of poly."""
     clip: float = 0.0
     """Largest norm of the whole gradient; 0: measured, not clipped."""
 
@@ -157,7 +160,7 @@ class Optim:
     def __post_init__(self) -> None:
         _at_least(1, "optim", self, "epochs")
         _at_least(2, "optim", self, "batch")
-        _at_least(0, "optim", self, "lr", "clip", "warmup", "momentum", "weight_decay")
+        _at_least(0, "optim", self, "lr", "clip", "warmup", "momentum", "weight_decay", "power")
 
 
 @dataclass(frozen=True)

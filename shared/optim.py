@@ -32,14 +32,17 @@ def make(optim: Optim, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
 def rate(optim: Optim, step: int, steps: int, steps_per_epoch: int) -> float:
     """Learning rate of step `step` (from 0) of `steps`.
 
-    Linear warm-up over the first `optim.warmup` share of the steps, then a half cosine to 0, or
-    the peak times gamma for every milestone (in epochs) already reached.
+    Linear warm-up over the first `optim.warmup` share of the steps, then a half cosine to 0, the
+    share of the later steps that are left to a power ("poly"), or the peak times gamma for every
+    milestone (in epochs) already reached.
     """
     warm = int(optim.warmup * steps)
     if step < warm:
         return optim.lr * (step + 1) / warm
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if optim.schedule == "poly":
+        return optim.lr * (1 - (step - warm) / max(1, steps - warm)) ** optim.power
     epoch = step // steps_per_epoch
     return optim.lr * optim.gamma ** sum(epoch >= m for m in optim.milestones)
 

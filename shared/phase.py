@@ -22,7 +22,7 @@ from shared import optim as schedules
 from shared.config import SCHEMA, Optim
 from shared.data.pipeline import Batch, Loader
 from shared.files import read_checkpoint, write_checkpoint, write_text
-from shared.models.recogniser import Recogniser, save
+from shared.models.recogniser import save
 
 if TYPE_CHECKING:
     from shared.run import Run
@@ -125,7 +125,7 @@ class Phase:
             state = {k: v.detach().clone() for k, v in model.state_dict().items()}
             self.best = {"score": metrics[headline], "epoch": epoch, "state": state}
 
-    def finish(self, student: Recogniser, *, own: bool | None = None, **metadata: object) -> None:
+    def finish(self, student: nn.Module, *, own: bool | None = None, **metadata: object) -> None:
         """Write the student of the last epoch and of the best one: students/<phase>.safetensors.
 
         The paper's own also become student.safetensors and best.ckpt of the run folder; own: None,

@@ -343,7 +343,9 @@ def _examples(run: Finished) -> str:
     if f"{own}/scores" not in arrays or not len(arrays.get("examples/pair", ())):
         return ""
     same, scores = arrays["pairs/same"], arrays[f"{own}/scores"]
-    correct = np.unpackbits(arrays[f"{own}/correct/verification"], count=len(same)).astype(bool)
+    found = run.results["columns"]
+    column = "verification" if "verification" in found else run.results["headline"]
+    correct = np.unpackbits(arrays[f"{own}/correct/{column}"], count=len(same)).astype(bool)
     groups: dict[tuple[bool, bool], str] = {}
     for pair, images in zip(arrays["examples/pair"], arrays["examples/images"], strict=True):
         high = torch.as_tensor(images)  # [2, 3, H, W]

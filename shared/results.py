@@ -162,7 +162,8 @@ def write(
     if name.startswith("results"):
         for column in columns:
             arrays[f"groups/{column}"] = some.groups[column].astype(np.int64)
-        _figures(arrays, rows, evaluation, shown)
+        if "embeddings" in some.extra:
+            _figures(arrays, rows, evaluation, shown)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_bytes(arrays_of(folder, name), buffer.getvalue())
@@ -260,7 +261,8 @@ def _figures(
         return
     first, second, same = evaluation.pairs
     arrays["pairs/same"] = same.numpy()
-    last = rows[own].score.correct["verification"]
+    mine = rows[own].score  # of several columns of pairs the headline is shown
+    last = mine.correct["verification" if "verification" in mine.correct else mine.headline]
     kept = np.concatenate(
         [
             np.flatnonzero((last == right) & (same.numpy() == alike))[:EXAMPLES]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aird.config
+import btnet.config
 import horkd.config
 from crrcd.config import RECIPES, Config
 
@@ -84,6 +85,22 @@ def tiny_horkd(tmp: Path, kept: Path, **changes: object) -> horkd.config.Config:
         data=replace(smoke.data, identities=8, instances=8, development=24, test=24),
         teacher=replace(smoke.teacher, identities=8, optim=optim),
         optim=replace(smoke.optim, epochs=2, batch=16),
+        precision="fp32", threads=1, log_every=1, evaluate_every=2,
+        runs=str(tmp / "runs"), cache=str(kept), report=False,
+    )  # fmt: skip
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def tiny_btnet(tmp: Path, kept: Path, **changes: object) -> btnet.config.Config:
+    """As `tiny`, of BTNet, with a branch for each resolution."""
+    smoke = btnet.config.RECIPES["smoke"]
+    optim = replace(smoke.optim, epochs=1, batch=16)
+    config = replace(
+        smoke,
+        data=replace(smoke.data, identities=8, instances=8, development=24, test=24),
+        teacher=replace(smoke.teacher, identities=8, optim=optim),
+        optim=replace(optim, epochs=2),
+        branch_optim=replace(smoke.branch_optim, epochs=2, batch=16),
         precision="fp32", threads=1, log_every=1, evaluate_every=2,
         runs=str(tmp / "runs"), cache=str(kept), report=False,
     )  # fmt: skip

@@ -37,6 +37,7 @@ TARGETS = {
     "aird.losses": ["tests/aird/test_losses.py"],
     "crrcd.losses": ["tests/crrcd/test_losses.py"],
     "horkd.losses": ["tests/horkd/test_losses.py"],
+    "btnet.losses": ["tests/btnet/test_losses.py"],
     "embedkd.losses": ["tests/embedkd/test_losses.py"],
     "shared.baselines": ["tests/shared/test_baselines.py"],
     "shared.losses": ["tests/shared/test_losses.py"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ HEADINGS = {
     "verification": "verification",
     "verification_best": "best threshold",
     "rank1": "rank-1",
+    "tpir20_at_fpir_0.3": "TPIR20 at FPIR .3",
+    "tpir20_at_fpir_0.2": "TPIR20 at FPIR .2",
     "tpir20_at_fpir_0.1": "TPIR20 at FPIR .1",
     "recall1": "recall@1",
     "top1": "top-1",
@@ -52,16 +54,17 @@ class Score:
     groups: dict[str, np.ndarray]
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     unit: str = "identities"
+    main: str = ""  # the headline, where it is not the usual one
 
     @property
     def headline(self) -> str:
         """The column that picks the best epoch: rank-1 where there is one (it separates better)."""
-        return "rank1" if "rank1" in self.correct else next(iter(self.correct))
+        return self.main or ("rank1" if "rank1" in self.correct else next(iter(self.correct)))
 
     @property
     def columns(self) -> dict[str, str]:
-        """Heading of each column of a result table."""
-        return {column: HEADINGS[column] for column in self.correct}
+        """Heading of each column of a result table: its own name where HEADINGS has none."""
+        return {column: HEADINGS.get(column, column) for column in self.correct}
 
     def interval(self, column: str) -> Interval:
         """95 % bootstrap interval, in percent."""
@@ -182,34 +185,73 @@ def score(
         pairs = verification(e[first], known_e[second], same)
         metrics |= _verified(pairs)
         correct["verification"] = pairs.correct
-        named = len(np.unique(labels)) > 1  # a .bin names nobody
-        groups["verification"] = labels[first.numpy()] if named else np.arange(len(first))
+        groups["verification"], unit = pair_groups(labels, first.numpy())
         if best:
             accepted = pairs.scores >= pairs.best_threshold
             correct["verification_best"] = accepted == pairs.same
             groups["verification_best"] = groups["verification"]
-        unit = "identities" if named else "pairs"
         extra |= {"scores": pairs.scores, "threshold": np.array(pairs.threshold)}
     if evaluation.gallery is not None and evaluation.probes is not None:
         known, asked = labels[evaluation.gallery.numpy()], labels[evaluation.probes.numpy()]
-        gallery, probes = known_e[evaluation.gallery].numpy(), e[evaluation.probes].numpy()
-        if evaluation.unmated is not None:
-            gallery, known = prototypes(known_raw[evaluation.gallery], known)
-            opened = open_set(probes, asked, e[evaluation.unmated], gallery, known)
-            metrics |= {f"tpir20_at_fpir_{f:g}": 100 * v for f, v in opened.tpir.items()}
-            metrics["tpir20_fpir_auc"] = 100 * opened.auc
-            if ALARM in opened.found:  # 10 unmated probes or more
-                column = f"tpir20_at_fpir_{ALARM:g}"
-                correct[column], groups[column] = opened.found[ALARM], asked
-        search = closed_set(probes, asked, gallery, known)
-        metrics |= {f"rank{k}": 100 * v for k, v in search.cmc.items()} | {"map": 100 * search.map}
-        correct["rank1"], groups["rank1"] = search.correct, asked
+        probes, rows = e[evaluation.probes], evaluation.gallery
+        if evaluation.unmated is None:
+            told, right = _closed(probes, asked, known_e[rows], known)
+        else:
+            told, right = opened(probes, asked, e[evaluation.unmated], known_raw[rows], known)
+        metrics |= told
+        correct |= right
+        groups |= dict.fromkeys(right, asked)
     if evaluation.recall_at:
         found = recall_at_k(e, labels, ks=evaluation.recall_at)
         metrics |= {f"recall{k}": 100 * v for k, v in found.recall.items()}
         metrics |= {"r_precision": 100 * found.r_precision, "map_at_r": 100 * found.map_at_r}
         correct["recall1"], groups["recall1"] = found.correct, labels
     return Score(metrics, correct, groups, extra, unit)
+
+
+def pair_groups(labels: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, str]:
+    """What pairs are resampled by, [P], and its name: the identity of each pair's first image
+    (numbers [P] of labels [N]), or the pair where all labels are one (a .bin names nobody)."""
+    if len(np.unique(labels)) > 1:
+        return labels[first], "identities"
+    return np.arange(len(first)), "pairs"
+
+
+def opened(
+    mated: Tensor,
+    ids: np.ndarray,
+    unmated: Tensor,
+    gallery: Tensor,
+    gallery_ids: np.ndarray,
+    *,
+    alarms: Sequence[float] = (ALARM,),
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Watch-list search: metrics in percent, and correct[column] bool [Q] of the mated probes.
+
+    mated: [Q, D], unmated: [U, D], gallery: [G, D] as the network gives them, of which each
+    identity's mean is its prototype. metrics: TPIR20 at every FPIR of `open_set`, the area under
+    it, and rank-k and mAP of the mated probes. Columns: TPIR20 at the FPIRs `alarms` that so many
+    unmated probes can show, then rank-1.
+    """
+    template, known = prototypes(gallery, gallery_ids)
+    found = open_set(mated, ids, unmated, template, known)
+    metrics = {_tpir20(f): 100 * v for f, v in found.tpir.items()}
+    metrics["tpir20_fpir_auc"] = 100 * found.auc
+    ranks, first = _closed(mated, ids, template, known)
+    correct = {_tpir20(f): found.found[f] for f in alarms if f in found.found}
+    return metrics | ranks, correct | first
+
+
+def _closed(
+    probes: Tensor, ids: np.ndarray, gallery: Tensor | np.ndarray, gallery_ids: np.ndarray
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    search = closed_set(probes, ids, gallery, gallery_ids)
+    metrics = {f"rank{k}": 100 * v for k, v in search.cmc.items()} | {"map": 100 * search.map}
+    return metrics, {"rank1": search.correct}
+
+
+def _tpir20(fpir: float) -> str:
+    return f"tpir20_at_fpir_{fpir:g}"
 
 
 def _classified(found: Classification, out: Tensor) -> Score:

@@ -27,6 +27,8 @@ class SmallNet(nn.Module):
     """
 
     classes = None
+    fixed: tuple[str, ...] = ()
+    """Parameters that no training changes."""
 
     def __init__(
         self,
@@ -63,6 +65,10 @@ class SmallNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def head(self, x: Tensor) -> Tensor:
+        """The last map [B, C, h, w] -> embedding [B, dim]."""
+        return self.bn(self.linear(x.flatten(1)))
+
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, size, size] -> [B, dim]; ValueError for another size."""
         return self(x)[0]
@@ -78,7 +84,7 @@ class SmallNet(nn.Module):
         out = maps["stem"]
         for i, stage in enumerate(self.stages, start=1):
             out = maps[f"stage{i}"] = stage(out)
-        return self.bn(self.linear(out.flatten(1))), maps
+        return self.head(out), maps
 
     def classify(self, embedding: Tensor) -> NoReturn:
         """Raises ValueError: an embedding network has no classifier of its own."""

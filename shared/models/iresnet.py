@@ -62,7 +62,8 @@ class IResNet(nn.Module):
     a margin head (`shared.models.heads`) turns the embedding into logits. `stem`, `stages` and
     `head` are the parts of `forward`, for those who run it unit by unit.
 
-    units: number of units in each of the four stages.
+    units, widths: number of units and of channels in each of the four stages; the stem has the
+        channels of the first.
     input: what becomes of inputs that are not 112x112. "native": they are taken as they are, and
         the linear layer is built for the last map of size x size images, ceil(size / 16) a side (a
         padded 3x3 of stride 2 rounds up); other sizes are refused. "upsample": images of any size
@@ -71,15 +72,18 @@ class IResNet(nn.Module):
     adaface: AdaFace's variant instead of InsightFace's; see the head of the file.
     state_dict() has the public name `features.*` for what named_parameters() calls
         `embedding_bn.*`; torch.func.functional_call wants the latter.
-    Raises ValueError for a size below 1 or another `input`.
+    Raises ValueError for a size below 1, another `input`, and other than four stages.
     """
 
     classes = None
+    fixed = ("embedding_bn.weight",)
+    """Parameters that no training changes."""
 
     def __init__(
         self,
         units: Sequence[int],
         *,
+        widths: Sequence[int] = WIDTHS,
         size: int = FULL,
         input: Literal["native", "upsample"] = "native",
         dim: int = 512,
@@ -91,15 +95,17 @@ class IResNet(nn.Module):
             raise ValueError(f"input is {input!r}: it must be native or upsample")
         if size < 1:
             raise ValueError(f"size is {size}: it must be at least 1 pixel a side")
+        if not len(units) == len(widths) == 4:
+            raise ValueError(f"{len(units)} units and {len(widths)} widths: give four of each")
         self.units = tuple(units)
         self.size = size
         self.input = input
         self.dim = dim
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.prelu = nn.PReLU(WIDTHS[0])
-        stages, c_in = [], WIDTHS[0]
-        for count, width in zip(units, WIDTHS, strict=True):
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.prelu = nn.PReLU(widths[0])
+        stages, c_in = [], widths[0]
+        for count, width in zip(units, widths, strict=True):
             stage = [Unit(c_in, width, 2, pooled_shortcut=adaface)]
             stage += [Unit(width, width) for _ in range(count - 1)]
             stages.append(nn.Sequential(*stage))
@@ -107,7 +113,7 @@ class IResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn2 = nn.BatchNorm2d(c_in)
         self.dropout = nn.Dropout(dropout)
-        side = -(-(size if input == "native" else FULL) // 2 ** len(WIDTHS))
+        side = -(-(size if input == "native" else FULL) // 2 ** len(widths))
         self.fc = nn.Linear(c_in * side * side, dim)
         # Public name: features. Ours is a method of that name; the hooks translate state dicts.
         self.embedding_bn = nn.BatchNorm1d(dim, affine=not adaface)
@@ -129,12 +135,12 @@ class IResNet(nn.Module):
         return self.layer1, self.layer2, self.layer3, self.layer4
 
     def stem(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 64, H, W]."""
+        """[B, 3, H, W] -> [B, widths[0], H, W]."""
         return self.prelu(self.bn1(self.conv1(x)))
 
     def head(self, x: Tensor) -> Tensor:
-        """The last map [B, 512, h, w] -> embedding [B, dim]; float32 from the linear layer on,
-        whatever autocast says, as in InsightFace: lengths and cosines are read from it."""
+        """The last map [B, widths[3], h, w] -> embedding [B, dim]; float32 from the linear layer
+        on, whatever autocast says, as in InsightFace: lengths and cosines are read from it."""
         flat = self.dropout(self.bn2(x).flatten(1))
         with without_autocast(x):
             return self.embedding_bn(self.fc(flat.to(self.fc.weight.dtype)))
@@ -209,6 +215,8 @@ _adaface = partial(IResNet, adaface=True, dropout=0.4)
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"iresnet{depth}": partial(IResNet, units) for depth, units in _UNITS.items()},
+    # BTNet's on the embedded data: one unit a stage, a fourth of the channels, D = 128.
+    "small-iresnet": partial(IResNet, (1, 1, 1, 1), widths=(16, 32, 64, 128), dim=128),
     "adaface-ir18": partial(_adaface, _UNITS[18]),
     "adaface-ir34": partial(_adaface, _UNITS[34]),
     "adaface-ir50": partial(_adaface, _UNITS[50]),

@@ -213,12 +213,12 @@ def enrolled_reader(recogniser: Recogniser, data: Data) -> Callable[[Tensor], Te
     return lambda pixels: student(pixels.to(device))
 
 
-def save(recogniser: Recogniser, path: Path, **metadata: str) -> None:
+def save(recogniser: nn.Module, path: Path, **metadata: str) -> None:
     """Weights of backbone and head as safetensors, whole or not at all."""
     checkpoints.save_safetensors(recogniser, path, metadata)
 
 
-def restore(recogniser: Recogniser, path: Path) -> None:
+def restore(recogniser: nn.Module, path: Path) -> None:
     """Load what `save` wrote. Raises ValueError if it does not fit."""
     try:
         checkpoints.load_backbone(recogniser, path)

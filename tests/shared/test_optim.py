@@ -112,3 +112,15 @@ def test_the_rate_warms_up_and_falls() -> None:
     rates = [optim.rate(c, step, 40, 10) for step in range(40)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[4:20]) == {1.0}
     assert set(rates[20:30]) == {0.5} and set(rates[30:]) == {0.25}
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_poly_falls_to_0_as_the_power_of_the_steps_left(power: float) -> None:
+    c = Optim(lr=0.2, warmup=0.08, schedule="poly", power=power)
+    rates = [optim.rate(c, step, 25, 1) for step in range(26)]
+    assert rates[:3] == [0.1, 0.2, 0.2]
+    left = [(25 - step) / 23 for step in range(2, 26)]
+    assert rates[2:] == pytest.approx([0.2 * share**power for share in left], abs=1e-15)
+    assert rates[25] == 0
+    with pytest.raises(ValueError, match="--optim.power -1: must be 0 or more"):
+        Optim(power=-1)

@@ -168,6 +168,19 @@ def test_published_parameters_and_macs(name, millions, gmacs):
     assert f"{macs(model, 112) / 1e9:.2f}" == gmacs
 
 
+def test_small_iresnet_is_the_same_layout_narrower_and_with_one_unit_a_stage():
+    state = build("small-iresnet", size=48, classes=9).state_dict()
+    expected = layout_insightface((1, 1, 1, 1), side=3)
+    assert state.keys() == expected.keys()
+    for key, shape in expected.items():
+        narrow = tuple(n // 4 if n in (64, 128, 256, 512) else n for n in shape)
+        if key == "fc.weight":
+            narrow = (128, 128 * 3 * 3)
+        assert tuple(state[key].shape) == narrow
+    with pytest.raises(ValueError, match="4 units and 2 widths"):
+        IResNet((1, 1, 1, 1), widths=(16, 32))
+
+
 @pytest.mark.parametrize("name", ADAFACE)
 def test_adaface_has_insightfaces_parameters_less_one_shortcut_and_the_last_affine(name):
     with torch.device("meta"):
