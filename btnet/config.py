@@ -66,8 +66,9 @@ class Config(Run):
     """official: the code's MSE between the raw embeddings of branch and trunk besides, which the
     paper does not mention."""
     bn: Both = "paper"
-    """Whose batch norms are stored for each resolution. paper: all; official: not the affine ones
-    of the embedding's two, which the code's search for names misses."""
+    """Which batch norms are stored for each resolution. paper: all; official: behind the branch not
+    weights and biases of shortcuts' and of the embedding's, which the code's search for names
+    misses."""
     end: str = ""
     """Part that a branch ends with, such as stage2.1, or head (the whole network, Fig. 7); empty:
     the first at which the trunk has the branch's resolution."""

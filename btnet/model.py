@@ -94,8 +94,9 @@ class Branch(nn.Module):
     end: number of the last part that is the branch's own; default: the first one of side r. Also
         its own: every batch norm, and with end = len(parts(trunk)) everything, head included; of a
         fresh trunk that is a network of the branch's shape trained from scratch (phi_mm).
-    bn: "official" leaves weights and biases of the head's batch norms with the trunk, as the
-        published code's freezing by name does; their running statistics are the branch's.
+    bn: "official" leaves weights and biases of two kinds of T_r's batch norms with the trunk, which
+        the published code's freezing by name misses: those of shortcuts and the embedding's own.
+        Their running statistics are the branch's.
 
     Up to side r all strides are 1. Where an own part's shortcut then keeps the shape it is the
     identity, as in the published code. Own parameters start as copies of the trunk's.
@@ -131,9 +132,7 @@ class Branch(nn.Module):
         self.network: Any = copy.deepcopy(trunk, {id(p): p for p in shared})
         self.resolution, self.end, self.bn = resolution, end, bn
         self.at = min(max(end, reach), len(pieces) - 1)
-        # in a plain list: they are modules of self.network already
-        self.parts = [part for _, part in parts(self.network)]
-        for number, part in enumerate(self.parts[: reach + 1]):
+        for number, (_, part) in enumerate(parts(self.network)[: reach + 1]):
             _unstride(part, own=number <= end)
         ids = {id(p) for p in shared}
         for name, p in self.network.named_parameters():
@@ -165,7 +164,7 @@ class Branch(nn.Module):
         if x.shape[1:] != (3, r, r):
             raise ValueError(f"expected images [B, 3, {r}, {r}], got {list(x.shape)}: resize them")
         maps = {}
-        for number, part in enumerate(self.parts):
+        for number, (_, part) in enumerate(parts(self.network)):
             x = part(x)
             if number == self.at:
                 maps["z"] = x
@@ -188,9 +187,9 @@ def _own_parameters(
     if end == len(pieces):
         return {id(p) for p in trunk.parameters()}
     own = {id(p) for part in pieces[: end + 1] for p in part.parameters()}
-    inner = {id(module) for part in pieces for module in part.modules()}
-    for module in trunk.modules():
-        if isinstance(module, _BatchNorm) and (bn == "paper" or id(module) in inner):
+    for name, module in trunk.named_modules():
+        missed = "downsample" in name or isinstance(module, nn.BatchNorm1d)
+        if isinstance(module, _BatchNorm) and not (bn == "official" and missed):
             own |= {id(p) for p in module.parameters()}
     return own
 

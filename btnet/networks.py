@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from btnet.config import BRANCHES, TRUNKS, Arm, Config, arms
@@ -52,6 +53,23 @@ def take_trunk(run: Run, config: Config) -> None:
         shutil.copyfile(source, part)
         part.replace(target)
     run.broadcast(None)
+
+
+def check(config: Config) -> None:
+    """What can be known before anything is trained. Raises ValueError, naming the flag."""
+    with torch.device("meta"):
+        trunk = Recogniser(config.student, config.data.hr, 1).backbone
+        try:
+            parts(trunk)
+        except ValueError as error:
+            raise ValueError(f"--student.name {config.student.name}: {error}") from None
+        for arm in arms(config).values():
+            if arm.mixed is None:
+                try:
+                    branch_of(trunk, arm, config)
+                except ValueError as error:
+                    flag = "" if str(error).startswith("--") else "--resolutions: "
+                    raise ValueError(f"{flag}{error}") from None
 
 
 def keep_hr(run: Run, hr: FrozenTeacher, **metadata: object) -> None:
@@ -169,24 +187,27 @@ def readers(
     folder: Path, config: Config, place: Callable, *, best: bool = False
 ) -> dict[str, dict[int, Reader]]:
     """Every row of a run's table, by resolution; place: to the device. A network that several rows
-    use is the same object in each. best: of the best development epoch (phi_hr has none)."""
+    use is the same object in each. best: of the best development epoch; phi_hr has none, and
+    branches belong to the trunk of the last one."""
     c, s = config.data, config.resolutions[-1]
 
     @functools.cache
-    def backbone(name: str) -> nn.Module:
-        return place(finished(folder, config, name, best=best and name != "hr")).eval()
+    def backbone(name: str, best: bool) -> nn.Module:
+        return place(finished(folder, config, name, best=best)).eval()
 
-    def enlarged(row: str, size: int) -> Reader:
-        return Reader(backbone(row), c, size, enlarged=True)
+    def enlarged(row: str, size: int, best: bool) -> Reader:
+        return Reader(backbone(row, best and row != "hr"), c, size, enlarged=True)
 
     found: dict[str, dict[int, Reader]] = {}
     for row in config.students:
         if row == "hr" or row in TRUNKS:
-            found[row] = {r: enlarged(row, r) for r in config.resolutions}
+            found[row] = {r: enlarged(row, r, best) for r in config.resolutions}
             continue
         smaller = config.resolutions[:-1]
-        found[row] = {r: Reader(backbone(f"{row}-{r}"), c, r, enlarged=False) for r in smaller}
-        found[row][s] = enlarged("hr" if row == "mm" else config.trunk, s)
+        found[row] = {
+            r: Reader(backbone(f"{row}-{r}", best), c, r, enlarged=False) for r in smaller
+        }
+        found[row][s] = enlarged("hr" if row == "mm" else config.trunk, s, False)
     return found
 
 
@@ -211,15 +232,17 @@ def finished(folder: Path, config: Config, name: str, *, best: bool = False) -> 
 def assembled(folder: Path, config: Config, row: str, *, best: bool = False) -> BTNet:
     """A run's trunk and the branches of `row`, behind the router; row a trunk: it alone."""
     c = config.data
-    trunk = finished(folder, config, row if row in TRUNKS else config.trunk, best=best)
+    name = row if row in TRUNKS else config.trunk
+    trunk = finished(folder, config, name, best=best and row in TRUNKS)
     chosen = config.resolutions[-1:] if row in TRUNKS else config.resolutions
     model = BTNet(
         chosen, trunk, indicator=config.indicator, rounding=config.rounding, kernel=c.kernel,
         antialias=c.antialias, mean=c.mean, std=c.std, bn=config.bn,
     )  # fmt: skip
     for r in chosen[:-1]:
+        path = _student_file(folder, f"{row}-{r}", best=best)
         branch = branch_of(trunk, arms(config)[f"{row}-{r}"], config)
-        restore(branch, _student_file(folder, f"{row}-{r}", best=best))
+        restore(branch, path)
         model.branches[str(r)] = branch
     return model.eval()
 

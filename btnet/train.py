@@ -24,6 +24,7 @@ from btnet.model import BTNet, trunk_map
 from btnet.networks import (
     Reader,
     assembled,
+    check,
     export,
     keep_hr,
     readers,
@@ -63,9 +64,10 @@ def train(config: Config) -> Path:
     run.note(licence=data.licence, selection=data.selection, **data.notes)
 
     # ---- networks
-    run.choose_precision(Recogniser(config.student, largest, data.classes), largest, 64)
+    check(config)
     if config.trunk_run:
         take_trunk(run, config)
+    run.choose_precision(Recogniser(config.student, largest, data.classes), largest, 64)
     hr = teacher.get(run, config.teacher, c, data)
     facts = {"task": data.task, "classes": data.classes, "alignment": data.alignment}
     keep_hr(run, hr, **facts | {"classes": data.teacher_classes})
@@ -108,11 +110,11 @@ def train(config: Config) -> Path:
             terms = {"cls": cls}
             loss = cls
             if wanted.lambda_branch:
-                terms["branch"] = L_branch(maps["z"], z_s, mode=config.branch_mse)
-                loss = L_total(cls, terms["branch"], wanted.lambda_branch)
+                terms["branch"] = distilled = L_branch(maps["z"], z_s, mode=config.branch_mse)
                 if config.embedding_mse == "official":
                     terms["embedding"] = F.mse_loss(e_s.float(), e_t.float())
-                    loss = loss + terms["embedding"]
+                    distilled = distilled + terms["embedding"]
+                loss = L_total(cls, distilled, wanted.lambda_branch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = optim.clip(optimiser, wanted.optim.clip)

@@ -124,7 +124,7 @@ def native(
 
     Half of a person's images (the larger half) are gallery, the others mated probes; a stranger
     has one image, an unmated probe, which is never in the gallery. Sizes are log-normal, 6..60 px,
-    with a mean of about 24 wide x 20 high, as in QMUL-SurvFace (Cheng et al. 2018). Pictures are
+    with a mean of about 20 wide x 24 high, as in QMUL-SurvFace (BTNet, Sec. 4.1). Pictures are
     drawn at ``faces.size`` (at least 64), cropped to their shape and reduced by antialiased
     bicubic interpolation. Raises ValueError for a number out of range, OSError as ``split`` does.
     """
@@ -133,8 +133,8 @@ def native(
     _check_count("per_identity", per_identity, RANGE, least=2)
     sharp = Faces(**{**asdict(faces), "size": max(faces.size, 64)})
     parameters = dict(
-        version=VERSION, **asdict(sharp), split="native", identities=identities, unmated=unmated,
-        per_identity=per_identity,
+        version=VERSION, **asdict(sharp), split="native, tall", identities=identities,
+        unmated=unmated, per_identity=per_identity,
     )  # fmt: skip
     galleries = (per_identity + 1) // 2
 
@@ -168,8 +168,8 @@ def native(
 def _reduce(faces: Faces, image: Array, identity: int, instance: int) -> Array:
     """One picture [3, S, S] at a native size [3, h, w]."""
     a, b = generator(faces.seed, int(identity), 3, int(instance)).standard_normal(2)
-    width = 22.6 * math.exp(0.36 * a)
-    height = 0.83 * width * math.exp(0.10 * b)
+    height = 22.6 * math.exp(0.36 * a)
+    width = 0.83 * height * math.exp(0.10 * b)
     w, h = (min(max(round(v), 6), 60) for v in (width, height))
     size = faces.size
     high, wide = (min(size, round(size * r)) for r in (h / w, w / h))

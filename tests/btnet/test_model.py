@@ -82,11 +82,21 @@ def test_stored_parameters_and_gmacs_are_the_published(published, r, parameters,
     assert published.macs(r) / 1e9 == pytest.approx(gmacs, rel=1e-4)
 
 
-def test_official_leaves_the_heads_batch_norms_with_the_trunk(published) -> None:
-    branch = Branch(published.trunk, 14, bn="official")
-    assert branch.stored_parameters == 2_291_520
-    left = set(Branch(published.trunk, 14).state_dict()) - set(branch.state_dict())
-    assert left == {"bn2.weight", "bn2.bias", "features.weight", "features.bias"}
+@pytest.mark.parametrize(
+    ("r", "parameters", "missed"),
+    [
+        (28, 488_128, ("layer3.0.downsample.1", "layer4.0.downsample.1", "features")),
+        (14, 2_291_520, ("layer4.0.downsample.1", "features")),
+        (7, 21_301_824, ("features",)),
+    ],
+)
+def test_official_leaves_what_freezing_by_name_misses_with_the_trunk(
+    published, r: int, parameters: int, missed: tuple[str, ...]
+) -> None:
+    branch = Branch(published.trunk, r, bn="official")
+    assert branch.stored_parameters == parameters
+    left = set(Branch(published.trunk, r).state_dict()) - set(branch.state_dict())
+    assert left == {f"{name}.{what}" for name in missed for what in ("weight", "bias")}
 
 
 def test_a_delta_holds_the_branch_and_batch_norms_alone(published) -> None:
@@ -373,8 +383,10 @@ def test_grey_float_and_8_bit_images_of_any_shape_are_the_same(model, shape) -> 
     (r,) = model.route([shape[::-1]])
     expected = model.prepare([grey.expand(3, -1, -1)], r)
     assert expected.shape == (1, 3, r, r) and expected.isfinite().all()
-    for other in (grey, grey[0], to_float(grey), to_float(grey[0]).double()):
+    others = [grey, grey[0], to_float(grey), to_float(grey[0]).double()]
+    for other in others:
         assert torch.equal(model.prepare([other], r), expected)
+    assert torch.equal(model.prepare(others, r), expected.expand(4, -1, -1, -1))
     assert model([grey]).isfinite().all()
 
 

@@ -31,7 +31,8 @@ PEOPLE, EACH = 40, 5
 
 
 def network(size: int, seed: int = 0):
-    """Images seen at `size` px; networks of two sizes have somewhat different weights."""
+    """Images seen at `size` px; networks of two sizes have somewhat different weights, and the
+    outputs of larger ones are longer."""
     weight = torch.randn(7, 3 * 24 * 24, generator=torch.Generator().manual_seed(seed))
     weight = weight + 0.1 * torch.randn(
         7, 3 * 24 * 24, generator=torch.Generator().manual_seed(100 + size)
@@ -39,7 +40,7 @@ def network(size: int, seed: int = 0):
 
     def embedded(pixels: Tensor) -> Tensor:
         x = downsample(pixels.float() / 255, size, mode="bilinear")
-        return torch.nn.functional.interpolate(x, (24, 24)).flatten(1) @ weight.T
+        return torch.nn.functional.interpolate(x, (24, 24)).flatten(1) @ weight.T * size**0.5
 
     return embedded
 

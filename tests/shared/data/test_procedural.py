@@ -337,7 +337,7 @@ def test_native_sizes_are_those_of_survface(tmp_path: Path) -> None:
     assert shapes[:, 1:].min() >= 6 and shapes[:, 1:].max() <= 60
     assert len(np.unique(shapes, axis=0)) > 60
     width, height = shapes[:, 2].mean(), shapes[:, 1].mean()
-    assert 22 < width < 26 and 18 < height < 22
+    assert 18 < width < 22 and 22 < height < 26  # 24/20 in height/width: BTNet, Sec. 4.1
     assert all(i.dtype == np.uint8 for i in data.images)
 
     assert {r: int((data.role == r).sum()) for r in ("gallery", "mated", "unmated")} == {
