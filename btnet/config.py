@@ -41,7 +41,7 @@ class Config(Run):
     """The row hr: phi_hr, trained on HR images."""
     student: Network = field(default_factory=lambda: Network(name="small-iresnet"))
     """The network of trunk and branches, and the trunk's head."""
-    optim: Optim = field(default_factory=lambda: Optim(epochs=16, clip=5.0))
+    optim: Optim = field(default_factory=lambda: Optim(epochs=14, clip=5.0))
     """Of whatever starts from random numbers: trunk and phi_mm."""
     branch_optim: Optim = field(default_factory=lambda: Optim(lr=0.05, epochs=8, clip=5.0))
     """Of whatever starts from the trunk."""
@@ -49,6 +49,8 @@ class Config(Run):
     """Ascending; the last is --data.hr, which the trunk itself takes."""
     trunk: Mixed = "mr"
     """Which trunk the branches belong to."""
+    sizes: int = 4
+    """What the trunk's images are brought down to: --data.hr, half of it, ..., so many."""
     trunk_run: str = ""
     """Folder of a run whose trunk (and phi_hr, phi_mm, where they are there) is taken, not trained
     again; data, network and trunk must be the same."""
@@ -173,6 +175,7 @@ _FACES = Config(
     optim=_FACES_OPTIM,
     branch_optim=_BRANCH_OPTIM,
     resolutions=(7, 14, 28, 112),
+    sizes=5,
     evaluate_every=1,
 )
 _AT_14 = replace(_FACES, resolutions=(14, 112))

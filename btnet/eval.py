@@ -14,9 +14,9 @@ import torch
 
 from btnet import tables
 from btnet.config import NAME, Config
-from btnet.networks import readers, trunk_of
+from btnet.networks import readers
 from shared import cli, rescore
-from shared.models.recogniser import Student, read_metadata
+from shared.models.recogniser import Recogniser, Student, read_metadata
 
 
 def evaluate(
@@ -44,9 +44,11 @@ def evaluate(
                 "with branches a router"
             )
         return found
-    facts = read_metadata(run / "students" / "hr.safetensors")
-    trunk = Student(trunk_of(run, config), config.data, "faces", facts.get("alignment", ""))
-    opened = rescore.opened(run, config, {"trunk": trunk}, on=on, root=root, best=best)
+    some = next((run / "students").glob("*.safetensors"))  # all are of the same images
+    facts = read_metadata(some)
+    recogniser = Recogniser(config.student, config.data.hr, int(facts["classes"]))
+    student = Student(recogniser, config.data, "faces", facts["alignment"])
+    opened = rescore.opened(run, config, {some.stem: student}, on=on, root=root, best=best)
     if opened.evaluation.native:
         raise ValueError(f"--on {on}: small by nature, there is no HR to bring down; try survface")
     return tables.matching(

@@ -68,16 +68,18 @@ def train(config: Config) -> Path:
     if config.trunk_run:
         take_trunk(run, config)
     run.choose_precision(Recogniser(config.student, largest, data.classes), largest, 64)
-    hr = teacher.get(run, config.teacher, c, data)
     facts = {"task": data.task, "classes": data.classes, "alignment": data.alignment}
-    keep_hr(run, hr, **facts | {"classes": data.teacher_classes})
+    if {"hr", "mm"} & {*config.students}:
+        hr = teacher.get(run, config.teacher, c, data)
+        keep_hr(run, hr, **facts | {"classes": data.teacher_classes})
     trunk: Recogniser | None = None
     for arm, wanted in arms(config).items():
         if run.has_student(arm):
             continue
         if wanted.from_trunk and trunk is None:
             trunk = run.place(trunk_of(run.folder, config))
-        torch.manual_seed(config.seed)  # every network starts from the same random numbers
+        # networks of random numbers are independent: of equal ones some compatibility would remain
+        torch.manual_seed(config.seed + 1000 * (1 + wanted.resolution))
         student = started(run, config, wanted, data.classes, trunk)
         head, branch = student.head, cast(Any, student.backbone)
         assert head is not None
@@ -96,7 +98,8 @@ def train(config: Config) -> Path:
             student.train()
             with run.autocast():
                 if wanted.mixed:
-                    sizes = draw_sizes(wanted.mixed, largest, config.seed, batch.index, batch.epoch)
+                    sizes = draw_sizes(wanted.mixed, largest, config.seed, batch.index, batch.epoch,
+                                       count=config.sizes)  # fmt: skip
                     x = mixed(batch.x_h(), sizes, c)
                 else:
                     x = batch.x_l()

@@ -14,29 +14,34 @@ from shared.data.pipeline import normalise
 from shared.degrade import low, to_float, to_uint8
 
 How = Literal["mr", "mr-v2", "mr-v3"]
-HALVINGS = 5  # sizes largest / 2^i, i = 0 ... 4
-SHARES = (0.3, 0.25, 0.2, 0.15, 0.1)  # of mr-v2, from the largest size down
+SHARES = (0.3, 0.25, 0.2, 0.15, 0.1)  # of mr-v2, from the largest of five sizes down
 SMALLEST = 4  # px, of mr-v3
 
 
-def draw_sizes(how: How, largest: int, seed: int, index: Tensor, epoch: int) -> Tensor:
+def draw_sizes(
+    how: How, largest: int, seed: int, index: Tensor, epoch: int, *, count: int = 5
+) -> Tensor:
     """The size in px that each image is brought down to in an epoch: int64 [B] on the CPU.
 
-    mr: one of `largest` / 2^i, i = 0 ... 4, with equal probability; mr-v2: with probabilities .3
-    .25 .2 .15 .1 from the largest down; mr-v3: a whole number from 4 to `largest` (ours: uniform).
-    index: [B] image numbers. A function of (seed, image, epoch), whatever the batch. Source:
-    Sec. 4.1, Baselines. Raises ValueError for another word, and for a largest size that cannot be
-    halved so often.
+    mr: one of `largest` / 2^i, i < count, with equal probability; mr-v2: with probabilities .3 .25
+    .2 .15 .1 from the largest down (of fewer sizes: the first ones, to a sum of 1); mr-v3: a whole
+    number from 4 to `largest` (ours: uniform). index: [B] image numbers. A function of (seed,
+    image, epoch), whatever the batch. Source: Sec. 4.1, Baselines, with 5 sizes. Raises ValueError
+    for another word, and for a largest size that cannot be halved so often.
     """
     u = degrade.uniform(degrade.keys(seed, index.cpu(), epoch), 1)[:, 0]
     if how == "mr-v3":
         return SMALLEST + (u * (largest - SMALLEST + 1)).long()
     if how not in ("mr", "mr-v2"):
         raise ValueError(f"draw_sizes: no way {how!r}; there are: mr, mr-v2, mr-v3")
-    if largest % 2 ** (HALVINGS - 1):
-        raise ValueError(f"--data.hr {largest}: {how} halves it four times; take a multiple of 16")
-    shares = SHARES if how == "mr-v2" else (1 / HALVINGS,) * HALVINGS
-    edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:-1]
+    if not 1 <= count <= len(SHARES) or largest % 2 ** (count - 1):
+        raise ValueError(
+            f"--data.hr {largest}, --sizes {count}: {how} halves the first {count - 1} times; give "
+            f"1 to {len(SHARES)} sizes and a side that is divided so often"
+        )
+    shares = SHARES[:count] if how == "mr-v2" else (1 / count,) * count
+    edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)
+    edges = edges[:-1] / edges[-1]
     return largest >> torch.bucketize(u, edges, right=True)
 
 

@@ -58,8 +58,9 @@ def test_sizes_change_with_epoch_and_seed() -> None:
 def test_an_unknown_way_and_a_side_that_cannot_be_halved_are_refused() -> None:
     with pytest.raises(ValueError, match="there are: mr, mr-v2, mr-v3"):
         draw_sizes("v3", 48, 0, MANY, 0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--data.hr 100: .* multiple of 16"):
+    with pytest.raises(ValueError, match="--data.hr 100, --sizes 5: mr halves the first 4 times"):
         draw_sizes("mr", 100, 0, MANY, 0)
+    assert set(draw_sizes("mr", 100, 0, MANY, 0, count=3).tolist()) == {100, 50, 25}
     assert int(draw_sizes("mr-v3", 100, 0, MANY, 0).max()) == 100
 
 
