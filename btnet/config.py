@@ -35,15 +35,17 @@ class Config(Run):
     """lr: the resolution of the report's figures."""
     teacher: Teacher = field(
         default_factory=lambda: Teacher(
-            name="small-iresnet", identities=200, optim=Optim(epochs=16, clip=5.0)
+            name="small-iresnet", identities=200, optim=Optim(epochs=12, clip=5.0)
         )
     )
     """The row hr: phi_hr, trained on HR images."""
     student: Network = field(default_factory=lambda: Network(name="small-iresnet"))
     """The network of trunk and branches, and the trunk's head."""
-    optim: Optim = field(default_factory=lambda: Optim(epochs=14, clip=5.0))
-    """Of whatever starts from random numbers: trunk and phi_mm."""
-    branch_optim: Optim = field(default_factory=lambda: Optim(lr=0.05, epochs=8, clip=5.0))
+    optim: Optim = field(default_factory=lambda: Optim(epochs=12, clip=5.0))
+    """Of phi_mm."""
+    trunk_optim: Optim = field(default_factory=lambda: Optim(epochs=28, clip=5.0))
+    """Of the trunk, which shares its epochs among its sizes."""
+    branch_optim: Optim = field(default_factory=lambda: Optim(epochs=10, clip=5.0))
     """Of whatever starts from the trunk."""
     resolutions: tuple[int, ...] = (6, 12, 24, 48)
     """Ascending; the last is --data.hr, which the trunk itself takes."""
@@ -60,8 +62,8 @@ class Config(Run):
     """The branches' loss on the trunk's classifier (Eq. 1); trunk: its own head."""
     influence_margin: float = 0.0
     """Of that loss; 0: the trunk's."""
-    lambda_branch: float = 0.5
-    """Weight of branch distillation (Eq. 3)."""
+    lambda_branch: float = 10.0
+    """Weight of branch distillation (Eq. 3); .5 in the paper and its tables."""
     branch_mse: Both = "official"
     """Eq. 2. paper: divided by the images of the batch; official: by all elements of the map."""
     embedding_mse: Both = "paper"
@@ -141,7 +143,7 @@ def arms(config: Config) -> dict[str, Arm]:
     if set(rows) & set(BRANCHES) and config.trunk not in rows:
         rows.insert(0, config.trunk)  # trained, and left out of the table
     found: dict[str, Arm] = {
-        row: Arm(row, s, config.optim, mixed=row) for row in TRUNKS if row in rows
+        row: Arm(row, s, config.trunk_optim, mixed=row) for row in TRUNKS if row in rows
     }
     smaller = config.resolutions[:-1]
     for row in rows:
@@ -173,7 +175,9 @@ _FACES = Config(
     teacher=Teacher(**_FACE, optim=_FACES_OPTIM),
     student=Network(**_FACE),
     optim=_FACES_OPTIM,
+    trunk_optim=_FACES_OPTIM,
     branch_optim=_BRANCH_OPTIM,
+    lambda_branch=0.5,
     resolutions=(7, 14, 28, 112),
     sizes=5,
     evaluate_every=1,
@@ -183,7 +187,7 @@ _SURVFACE = replace(
     _FACES,
     data=replace(_FACES.data, name="survface"),
     teacher=replace(_FACES.teacher, optim=_BRANCH_OPTIM),
-    optim=_BRANCH_OPTIM,
+    trunk_optim=_BRANCH_OPTIM,
     students=("mr", "bt"),
 )
 _TABLE4 = (
@@ -205,7 +209,9 @@ _MATCHED = replace(
     **{k: MATCHED[k] for k in ("teacher", "optim")},
     data=replace(MATCHED["data"], kernel="bilinear"),
     student=Network(name="small-teacher"),
+    trunk_optim=MATCHED["optim"].longer(2),
     branch_optim=MATCHED["optim"],
+    sizes=3,  # 64, 32, 16
     resolutions=(MATCHED["data"].lr, MATCHED["data"].hr),
 )
 _ABLATION = replace(_EMBEDDED, resolutions=(12, 48), students=("mr", "mm", *BRANCHES))
@@ -224,6 +230,7 @@ _TABLE = {
                 _EMBEDDED.teacher, identities=20, optim=Optim(epochs=2, batch=32, clip=5.0)
             ),
             optim=replace(_EMBEDDED.optim, epochs=2, batch=32),
+            trunk_optim=replace(_EMBEDDED.trunk_optim, epochs=3, batch=32),
             branch_optim=replace(_EMBEDDED.branch_optim, epochs=2, batch=32),
             evaluate_every=1,
         ),

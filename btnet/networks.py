@@ -34,7 +34,7 @@ _ALIKE = ("name", "hr", "mean", "std", "seed", "identities", "instances", "coars
 # -- training ------------------------------------------------------------------------------------
 
 
-def take_trunk(run: Run, config: Config) -> None:
+def take_trunk(run: Run, config: Config, classes: int) -> None:
     """Copy the trunk of --trunk-run into this run, which then needs not train it.
 
     Raises ValueError where it is not there, another network, or trained on other data.
@@ -43,9 +43,11 @@ def take_trunk(run: Run, config: Config) -> None:
     theirs = cli.stored(Config, folder)
     differ = [f"--data.{k}" for k in _ALIKE if getattr(theirs.data, k) != getattr(config.data, k)]
     differ += ["--student"] if theirs.student != config.student else []
+    source = _student_file(folder, config.trunk)
+    if (known := int(read_metadata(source)["classes"])) != classes and not differ:
+        differ = [f"{known} classes, not {classes}"]
     if differ:
         raise ValueError(f"--trunk-run {folder}: trained otherwise ({', '.join(differ)})")
-    source = _student_file(folder, config.trunk)
     target = run.folder / "students" / source.name
     if run.rank == 0 and not target.exists():
         target.parent.mkdir(exist_ok=True)
@@ -70,6 +72,16 @@ def check(config: Config) -> None:
                 except ValueError as error:
                     flag = "" if str(error).startswith("--") else "--resolutions: "
                     raise ValueError(f"{flag}{error}") from None
+    if config.start_run:
+        earlier = _named(config.start_run)
+        theirs = cli.stored(Config, earlier)
+        if theirs.student.name != config.student.name or theirs.data.hr != config.data.hr:
+            differ = "--student.name" if theirs.data.hr == config.data.hr else "--data.hr"
+            raise ValueError(f"--start-run {earlier}: of other networks ({differ})")
+        _student_file(earlier, theirs.trunk)
+        for name, arm in arms(config).items():
+            if arm.from_trunk:
+                _student_file(earlier, name)
 
 
 def keep_hr(run: Run, hr: FrozenTeacher, **metadata: object) -> None:

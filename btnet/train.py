@@ -66,7 +66,7 @@ def train(config: Config) -> Path:
     # ---- networks
     check(config)
     if config.trunk_run:
-        take_trunk(run, config)
+        take_trunk(run, config, data.classes)
     run.choose_precision(Recogniser(config.student, largest, data.classes), largest, 64)
     facts = {"task": data.task, "classes": data.classes, "alignment": data.alignment}
     if {"hr", "mm"} & {*config.students}:

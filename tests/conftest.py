@@ -100,6 +100,7 @@ def tiny_btnet(tmp: Path, kept: Path, **changes: object) -> btnet.config.Config:
         data=replace(smoke.data, identities=8, instances=8, development=24, test=24),
         teacher=replace(smoke.teacher, identities=8, optim=optim),
         optim=replace(optim, epochs=2),
+        trunk_optim=replace(optim, epochs=2),
         branch_optim=replace(smoke.branch_optim, epochs=2, batch=16),
         precision="fp32", threads=1, log_every=1, evaluate_every=2,
         runs=str(tmp / "runs"), cache=str(kept), report=False,
