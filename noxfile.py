@@ -57,7 +57,7 @@ def smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Kernel benchmarks on one thread: gates of speed and memory, then curves. About 8 minutes.
+    """Kernel benchmarks on one thread: gates of speed and memory, then curves. About 15 minutes.
 
     `nox -s bench -- --update` measures the bounds anew and shows old beside new. Measurements,
     machine and versions go to .benchmarks/ (kernels.json, sweep.json, sweep.png).

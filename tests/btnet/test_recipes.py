@@ -23,11 +23,11 @@ from shared import cli
 from tests.shared.data import trees
 
 RUN = (
-    "--optim.epochs", "1", "--optim.batch", "16", "--branch-optim.epochs", "1",
-    "--branch-optim.batch", "16", "--data.counts", "any", "--threads", "1", "--precision", "fp32",
-    "--no-report", "--log-every", "1", "--data.workers", "0",
+    *(word for which in ("", "trunk-", "branch-", "teacher.")
+      for word in (f"--{which}optim.epochs", "1", f"--{which}optim.batch", "16")),
+    "--data.counts", "any", "--threads", "1", "--precision", "fp32", "--no-report",
+    "--log-every", "1", "--data.workers", "0",
 )  # fmt: skip
-TEACHER = ("--teacher.optim.epochs", "1", "--teacher.optim.batch", "16")
 SMALL = ("--teacher.name", "small-iresnet", "--student.name", "small-iresnet")
 DRAWN = ("--data.identities", "8", "--data.instances", "4", "--data.development", "12",
          "--data.test", "12", "--teacher.identities", "8")  # fmt: skip
@@ -58,7 +58,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Train:
 
     def call(recipe: str, *flags: object) -> Path:
         before = set(runs.glob(f"btnet/{recipe}-*"))
-        argv = [recipe, *RUN, *TEACHER, "--runs", runs, "--cache", cache, *flags]
+        argv = [recipe, *RUN, "--runs", runs, "--cache", cache, *flags]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tables, "TIMED", 2)
             patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
@@ -191,7 +191,7 @@ def test_table2_goes_on_from_table1s_trunk_and_branches(
 ) -> None:
     """At rate 0 all is where it began, but for the classifier of other people and statistics."""
     run = train("table2", *SMALL, "--data.root", disk / "survface", "--start-run", faces,
-                "--optim.lr", 0, "--branch-optim.lr", 0)  # fmt: skip
+                "--trunk-optim.lr", 0, "--branch-optim.lr", 0)  # fmt: skip
     assert settings(run)["data"]["name"] == "survface"
     assert list(logged(run)) == ["mr", "bt-7", "bt-14", "bt-28"]
     assert rows(run, "results-native") == [*STRATEGIES, "mr"]
