@@ -54,8 +54,7 @@ class Config(Run):
     sizes: int = 4
     """What the trunk's images are brought down to: --data.hr, half of it, ..., so many."""
     trunk_run: str = ""
-    """Folder of a run whose trunk (and phi_hr, phi_mm, where they are there) is taken, not trained
-    again; data, network and trunk must be the same."""
+    """Folder of a run whose trunk is taken, not trained again; data and network must be its."""
     start_run: str = ""
     """Folder of a run whose trunk and branches are gone on from, with other data (Table 2)."""
     influence: Literal["trunk", "curricularface", "cosface", "arcface"] = "trunk"
@@ -114,6 +113,10 @@ class Config(Run):
             )
         if self.data.quality != "small":
             raise ValueError(f"--data.quality {self.data.quality}: a branch takes small images")
+        if self.data.degradation != "plain":
+            raise ValueError(
+                f"--data.degradation {self.data.degradation}: the trunk's images are only resized"
+            )
         for name in ("lambda_branch", "influence_margin"):
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")

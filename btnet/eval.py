@@ -44,7 +44,9 @@ def evaluate(
                 "with branches a router"
             )
         return found
-    some = next((run / "students").glob("*.safetensors"))  # all are of the same images
+    some = next((run / "students").glob("*.safetensors"), None)  # all are of the same images
+    if some is None:
+        raise ValueError(f"{run}: no finished network in it yet; go on with --resume {run}")
     facts = read_metadata(some)
     recogniser = Recogniser(config.student, config.data.hr, int(facts["classes"]))
     student = Student(recogniser, config.data, "faces", facts["alignment"])

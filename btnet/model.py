@@ -405,7 +405,9 @@ class BTNet(nn.Module):
 
     def save_branch(self, r: int, path: str | os.PathLike[str]) -> None:
         """Writes the delta as safetensors, whole or not at all, with what it belongs to."""
-        checkpoints.save_safetensors(self._branch(r), path, self._belongs(r))
+        branch = self._branch(r)
+        facts = self._belongs(r) | {"end": str(branch.end)}
+        checkpoints.save_safetensors(branch, path, facts)
 
     def load_branch(self, path: str | os.PathLike[str]) -> int:
         """Takes what `save_branch` wrote; returns its resolution. Raises ValueError for a file that
@@ -422,6 +424,10 @@ class BTNet(nn.Module):
         r = int(metadata["resolution"])
         try:
             self._agrees("its", {key: metadata.get(key, "?") for key in self._belongs(r)}, r)
+            end = int(metadata.get("end", self._branch(r).end))
+            if end != self._branch(r).end:  # one that ends elsewhere (Fig. 7)
+                own = Branch(self.trunk, r, end=end, bn=self.bn).train(self.training)
+                self.branches[str(r)] = own.to(next(self.trunk.parameters()).device)
             self.load_branch_state_dict(r, state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -460,6 +466,8 @@ class BTNet(nn.Module):
             "bn": self.bn,
             "kernel": self.data.kernel,
             "antialias": str(self.data.antialias),
+            "mean": str(self.data.mean),
+            "std": str(self.data.std),
         }
 
     def _agrees(self, what: str, theirs: dict[str, str], r: int) -> None:
@@ -475,6 +483,8 @@ class BTNet(nn.Module):
 
 def _checked(image: Tensor, what: str, ndim: int = 3) -> Tensor:
     """[C, h, w], also of [h, w]; with ndim 4 [B, C, h, w]. ValueError for what is no image."""
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{what}: a {type(image).__name__}; give a tensor [C, h, w]")
     if ndim == 3 and image.ndim == 2:
         image = image[None]
     if image.ndim != ndim or image.shape[-3] not in (1, 3) or 0 in image.shape[-2:]:
@@ -484,6 +494,11 @@ def _checked(image: Tensor, what: str, ndim: int = 3) -> Tensor:
         )
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"{what}: {image.dtype}; give uint8, or float in [0, 1]")
+    # on a GPU a look at the values would make the host wait for it
+    if image.is_floating_point() and image.device.type == "cpu" and not image.abs().max() < 16:
+        raise ValueError(
+            f"{what}: values up to {float(image.abs().max()):g}; give float in [0, 1], or uint8"
+        )
     return image
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from btnet.config import BRANCHES, TRUNKS, Arm, Config, arms
 from btnet.model import Branch, BTNet, parts
-from btnet.views import down_up
+from btnet.views import down_up, draw_sizes
 from shared import cli
 from shared.config import Data, locate
 from shared.data.pipeline import normalise
@@ -28,7 +28,9 @@ from shared.run import Run
 from shared.teacher import FrozenTeacher
 
 # Fields of Data that another run's trunk must have been trained with.
-_ALIKE = ("name", "hr", "mean", "std", "seed", "identities", "instances", "coarse", "fine")
+_ALIKE = ("name", "hr", "kernel", "antialias", "flip", "shift", "shift_step", "pad", "crop", "mean",
+          "std", "landmarks", "margin", "development", "seed", "identities", "instances", "coarse",
+          "fine")  # fmt: skip
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -42,7 +44,8 @@ def take_trunk(run: Run, config: Config, classes: int) -> None:
     folder = _named(config.trunk_run)
     theirs = cli.stored(Config, folder)
     differ = [f"--data.{k}" for k in _ALIKE if getattr(theirs.data, k) != getattr(config.data, k)]
-    differ += ["--student"] if theirs.student != config.student else []
+    differ += [f"--{k}" for k in ("student", "sizes") if getattr(theirs, k) != getattr(config, k)]
+    differ = [flag.replace("_", "-") for flag in differ]
     source = _student_file(folder, config.trunk)
     if (known := int(read_metadata(source)["classes"])) != classes and not differ:
         differ = [f"{known} classes, not {classes}"]
@@ -59,12 +62,23 @@ def take_trunk(run: Run, config: Config, classes: int) -> None:
 
 def check(config: Config) -> None:
     """What can be known before anything is trained. Raises ValueError, naming the flag."""
+    for row in TRUNKS:
+        if row in arms(config):
+            draw_sizes(row, config.data.hr, 0, torch.arange(1), 0, count=config.sizes)
     with torch.device("meta"):
         trunk = Recogniser(config.student, config.data.hr, 1).backbone
-        try:
-            parts(trunk)
-        except ValueError as error:
-            raise ValueError(f"--student.name {config.student.name}: {error}") from None
+        hr = Recogniser(config.teacher, config.data.hr, 1).backbone
+        for flag, network in (("student", trunk), ("teacher", hr)):
+            try:
+                parts(network)
+            except ValueError as error:
+                name = getattr(config, flag).name
+                raise ValueError(f"--{flag}.name {name}: {error}") from None
+        if trunk.dim != hr.dim and {"hr", "mm"} & {*config.students}:
+            raise ValueError(
+                f"--student.name {config.student.name} and --teacher.name {config.teacher.name}: "
+                f"embeddings of {trunk.dim} and {hr.dim} numbers cannot be compared"
+            )
         for arm in arms(config).values():
             if arm.mixed is None:
                 try:
@@ -147,6 +161,8 @@ def influence(trunk: Recogniser, config: Config) -> nn.Module:
             head.dim, head.classes, scale=head.scale, margin=config.influence_margin or head.margin
         )
         other.weight = head.weight
+        if type(other) is type(head):  # CurricularFace's t goes on
+            other.load_state_dict(head.state_dict())
         return other
     if config.influence_margin:
         head.margin = config.influence_margin
@@ -264,7 +280,13 @@ def export(folder: Path, config: Config) -> None:
     each that names the trunk it belongs to (BTNet.load_branch)."""
     row = next(row for row in reversed(BRANCHES) if row in config.students)
     model = assembled(folder, config, row)
-    save_safetensors(model.trunk, folder / "student.safetensors", {"network": config.student.name})
+    made_for = {
+        "network": config.student.name, "size": str(model.resolutions[-1]),
+        "resolutions": " ".join(map(str, model.resolutions)), "mean": str(model.data.mean),
+        "std": str(model.data.std), "kernel": model.data.kernel, "indicator": model.indicator,
+        "rounding": model.rounding,
+    }  # fmt: skip
+    save_safetensors(model.trunk, folder / "student.safetensors", made_for)
     (folder / "branches").mkdir(exist_ok=True)
     for r in model.resolutions[:-1]:
         model.save_branch(r, folder / "branches" / f"{r}.safetensors")

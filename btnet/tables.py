@@ -1,10 +1,15 @@
-"""What a run of BTNet ends in: matching across resolutions, what each costs, routing strategies."""
+"""What a run of BTNet ends in: matching across resolutions, what each costs, routing strategies.
+
+    python -m btnet.tables RUN RUN ...      # Fig. 7 of runs that differ in --end
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +17,10 @@ import torch
 from torch import Tensor
 
 from btnet import figures, scoring
-from btnet.config import BRANCHES, TRUNKS, Config, members
+from btnet.config import BRANCHES, TRUNKS, Config
 from btnet.model import BTNet
 from btnet.networks import Reader
-from shared import results
+from shared import cli, results
 from shared.config import locate
 from shared.data import identification, procedural
 from shared.data.pipeline import Resident, centre
@@ -184,12 +189,16 @@ def routing(
             (found[other],) = scoring.watch_list(
                 _through(whole), images, ids, roles, (largest,), (plain,)
             ).values()
-    table = {
-        who: _cost(score, rows[who], largest) if who in rows else _cost(score, rows[row], c.lr)
-        for who, score in found.items()
-    }
+    sent = scoring.routed(images, config.resolutions)
+    table = {}
+    for who, score in found.items():
+        if who in rows:
+            table[who] = _cost(score, rows[who], largest)
+            continue
+        spent = sum(count * rows[row][r].macs for r, count in sent[who].items())
+        table[who] = replace(_cost(score, rows[row], c.lr), macs=spent // len(images))
     pictures = Resident(torch.zeros(len(ids), 3, 1, 1, dtype=torch.uint8), ids)  # sizes differ
-    told = {"images by resolution": scoring.routed(images, config.resolutions)}
+    told = {"images by resolution": sent}
     evaluation = Evaluation(title, "faces", pictures, native=True, notes=told)
     reference = next((other for other in (*TRUNKS, "hr") if other in rows), "max+ceil")
     results.write(folder, table, evaluation, reference=reference, name=name, own="max+ceil")
@@ -256,17 +265,28 @@ def drawn(run: Run, config: Config) -> Path:
     return run.folder
 
 
-def ends(config: Config, folders: list[Path]) -> None:
-    """Fig. 7: the runs of a recipe that varies where branches end, into the last one's folder."""
-    hr, lr = config.resolutions[-1], config.data.lr
+def ends(folders: list[Path]) -> None:
+    """Fig. 7: runs that differ in where branches end, into the last one's folder."""
     points = []
-    for folder, one in zip(folders, members(config), strict=True):
+    for folder in folders:
+        one = cli.stored(Config, folder)
+        hr, lr = one.resolutions[-1], one.data.lr
         rows = read_record(folder / "results.json")["rows"]
         stored = json.loads((folder / "costs.json").read_text())["bt"][str(lr)]["parameters"]
         for setting in ((hr, lr), (lr, lr)):
             cell = rows["bt"]["cells"][scoring.column(setting)]
             points.append({
-                "name": one.end, "parameters": stored, "setting": scoring.column(setting),
-                "accuracy": cell["value"], "low": cell["low"], "high": cell["high"],
+                "name": one.end or "reach", "parameters": stored,
+                "setting": scoring.column(setting), "accuracy": cell["value"], "low": cell["low"], "high": cell["high"],
             })  # fmt: skip
     print(f"written to {figures.ends(points, folders[-1] / 'ends.png')}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m btnet.tables", description=ends.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    ends(parser.parse_args().runs)
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

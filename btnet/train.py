@@ -65,7 +65,7 @@ def train(config: Config) -> Path:
 
     # ---- networks
     check(config)
-    if config.trunk_run:
+    if config.trunk_run and not run.has_student(config.trunk):
         take_trunk(run, config, data.classes)
     run.choose_precision(Recogniser(config.student, largest, data.classes), largest, 64)
     facts = {"task": data.task, "classes": data.classes, "alignment": data.alignment}
@@ -134,6 +134,8 @@ def train(config: Config) -> Path:
     # ---- score
     if run.rank == 0:
         run.note(skipped=data.left_out())
+        if any(arm.from_trunk for arm in arms(config).values()):
+            export(run.folder, config)
         rows = readers(run.folder, config, run.place)
         print(tables.costs(run, rows))
         for name, test in data.tests():
@@ -143,8 +145,6 @@ def train(config: Config) -> Path:
         print(tables.mean(run.folder))
         with run.autocast():
             print(tables.routing(run.folder, config, rows))
-        if any(arm.from_trunk for arm in arms(config).values()):
-            export(run.folder, config)
         run.note(seconds=run.seconds())
         if config.report and (run.folder / "results.json").is_file():
             report.write(run.folder)
@@ -167,6 +167,8 @@ def main() -> None:
     runs = members(config)
     if len(runs) > 1 and runs[0].folder:
         raise ValueError(f"--folder is for one run, this recipe has {len(runs)}: add --only K")
+    if len(runs) > 1 and config.start_run:
+        raise ValueError(f"--start-run: {config.recipe} has {len(runs)} runs: add --only K")
     if config.figure == "ends" and RECIPES[config.recipe].figure != "ends":
         raise ValueError(f"--figure ends: {config.recipe} does not vary where branches end")
     folders: list[Path] = []
@@ -175,7 +177,7 @@ def main() -> None:
             one = replace(one, trunk_run=str(folders[0]))
         folders.append(train(one))
     if config.figure == "ends" and int(os.environ.get("RANK", 0)) == 0:
-        tables.ends(config, folders)
+        tables.ends(folders)
 
 
 if __name__ == "__main__":
