@@ -277,7 +277,8 @@ def ends(folders: list[Path]) -> None:
             cell = rows["bt"]["cells"][scoring.column(setting)]
             points.append({
                 "name": one.end or "reach", "parameters": stored,
-                "setting": scoring.column(setting), "accuracy": cell["value"], "low": cell["low"], "high": cell["high"],
+                "setting": scoring.column(setting), "accuracy": cell["value"],
+                "low": cell["low"], "high": cell["high"],
             })  # fmt: skip
     print(f"written to {figures.ends(points, folders[-1] / 'ends.png')}")
 

@@ -71,8 +71,8 @@ def pairs_of(faces: np.ndarray, folds: int = 10, half: int = 2) -> list[tuple[in
     return found
 
 
-def write_bin(path: Path, faces: np.ndarray) -> None:
-    pairs = pairs_of(faces)
+def write_bin(path: Path, faces: np.ndarray, half: int = 2) -> None:
+    pairs = pairs_of(faces, half=half)
     images = [encoded(faces[p, i]) for a, i, b, j in pairs for p, i in ((a, i), (b, j))]
     path.write_bytes(pickle.dumps((images, [a == b for a, _, b, _ in pairs]), protocol=2))
 
