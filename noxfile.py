@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import nox
+import sys
+from pathlib import Path
 
-nox.needs_version = ">=2024.10.9"
+import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
@@ -23,11 +24,14 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
 
 
-@nox.session(venv_location=".nox/tests", reuse_venv=True)
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """mypy over the packages, in the environment of the tests: a second torch takes 6 GB."""
-    session.install("-e", ".[tests]", "mypy>=1.18,<3", "types-tqdm")
-    session.run("mypy")
+    python = Path(".nox", "tests", "bin", "python").resolve()
+    if not python.exists():
+        session.run(sys.executable, "-m", "nox", "--install-only", "-s", "tests")
+    session.run(python, "-m", "pip", "install", "mypy>=1.18,<3", "types-tqdm")
+    session.run(python, "-m", "mypy")
 
 
 @nox.session
