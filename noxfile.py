@@ -27,7 +27,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """mypy over the packages, in the environment of the tests: a second torch takes 6 GB."""
-    python = Path(".nox", "tests", "bin", "python").resolve()
+    python = Path(".nox", "tests", "bin", "python").absolute()  # a link: not resolved
     if not python.exists():
         session.run(sys.executable, "-m", "nox", "--install-only", "-s", "tests")
     session.run(python, "-m", "pip", "install", "mypy>=1.18,<3", "types-tqdm")
