@@ -7,6 +7,7 @@ import json
 import pytest
 
 import aird.config
+import btnet.config
 import crrcd.config
 import embedkd.config
 import horkd.config
@@ -15,6 +16,8 @@ from tests.conftest import ROOT
 
 PAPERS = {"aird": aird, "crrcd": crrcd, "embedkd": embedkd, "horkd": horkd}
 RECIPES = {name: paper.config.RECIPES for name, paper in PAPERS.items()}
+ALL = {**RECIPES, "btnet": btnet.config.RECIPES}  # BTNet has a front table of its own
+SEEDS = dict.fromkeys(RECIPES, 10) | {"btnet": 6}  # fewest
 
 
 def summary(paper: str) -> dict:
@@ -25,7 +28,7 @@ def cell(found: dict[str, float], sign: str = "") -> str:
     return f"{found['value']:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]"
 
 
-@pytest.mark.parametrize("paper", RECIPES)
+@pytest.mark.parametrize("paper", ALL)
 def test_the_seeds_table_is_the_committed_summary(paper: str) -> None:
     for found in summary(paper).values():
         assert markdown(found) in (ROOT / paper / "README.md").read_text()
@@ -45,20 +48,35 @@ def test_the_front_table_is_of_the_committed_summaries(paper: str) -> None:
         assert gain == (cell(pair[column], "+") if pair else "")
 
 
-@pytest.mark.parametrize("paper", RECIPES)
-def test_the_summary_has_ten_paired_seeds_of_one_make(paper: str) -> None:
+def test_btnets_front_table_is_of_the_committed_summary() -> None:
+    found = summary("btnet")["results-rank1"]
+    text = (ROOT / "README.md").read_text().splitlines()
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in text
+             if line.startswith(("| rank-1, 6 seeds |", "| btnet: "))]  # fmt: skip
+    (_, *columns), *rows = table
+    assert [row[0] for row in rows] == [f"btnet: {n}" for n in ("hr", "mm", "mr", "bt", "bt − mr")]
+    for name, *cells in rows:
+        row = name.removeprefix("btnet: ")
+        if row in found["rows"]:
+            assert cells == [f"{found['rows'][row][c]['value']:.2f}" for c in columns]
+        else:
+            assert cells == [cell(found["differences"]["bt - mr"][c], "+") for c in columns]
+
+
+@pytest.mark.parametrize("paper", ALL)
+def test_the_summary_has_paired_seeds_of_one_make(paper: str) -> None:
     for found in summary(paper).values():
-        assert found["seeds"] >= 10
+        assert found["seeds"] >= SEEDS[paper]
         for made in found["made_by"].values():
             assert len(made) == 1
         for cells in found["rows"].values():
             assert all(len(cell["seeds"]) == found["seeds"] for cell in cells.values())
 
 
-@pytest.mark.parametrize("paper", RECIPES)
+@pytest.mark.parametrize("paper", ALL)
 def test_every_recipe_is_in_the_papers_readme(paper: str) -> None:
     text = (ROOT / paper / "README.md").read_text()
-    for name in RECIPES[paper]:
+    for name in ALL[paper]:
         assert name in text or name.replace("ablation", "") in text, name
 
 

@@ -29,8 +29,8 @@ RUN = (
     "--log-every", "1", "--data.workers", "0",
 )  # fmt: skip
 SMALL = ("--teacher.name", "small-iresnet", "--student.name", "small-iresnet")
-DRAWN = ("--data.identities", "8", "--data.instances", "4", "--data.development", "12",
-         "--data.test", "12", "--teacher.identities", "8")  # fmt: skip
+DRAWN = ("--data.identities", "8", "--data.instances", "2", "--data.development", "0",
+         "--data.test", "24", "--teacher.identities", "8")  # fmt: skip
 STRATEGIES = [f"{i}+{w}" for i in ("avg", "min", "max") for w in ("floor", "near", "ceil")]
 NATIVE = [(6, 7), (9, 13), (20, 25), (70, 90), (26, 31)]  # width, height in px
 FOUR = ["hr", "mm", "mr", "bt"]
@@ -48,7 +48,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, some in (("lfw", others[:4]), ("agedb_30", others[4:8])):
         trees.write_bin(root / "pack" / f"{name}.bin", some, half=1)
     trees.write_lfw(root / "lfw", others[:3, :2])
-    trees.write_survface(root / "survface", others[:6], others[6:, 0])
+    trees.write_survface(root / "survface", others[:4], others[6:, 0])
     trees.write_folders(root / "survface" / "training_set", trees.people(6, 3, first=60_000))
     for k, path in enumerate(sorted((root / "survface").rglob("*.png"))):
         Image.open(path).resize(NATIVE[k % len(NATIVE)]).save(path)
@@ -84,6 +84,11 @@ def tuned(train: Train, disk: Path, faces: Path) -> Path:
     """table2's run that begins there, at rate 0."""
     return train("table2", *SMALL, "--data.root", disk / "survface", "--start-run", faces,
                  "--trunk-optim.lr", 0, "--branch-optim.lr", 0)  # fmt: skip
+
+
+def lfw(disk: Path) -> tuple[object, ...]:
+    """To be scored on six pictures, where nothing hangs on the .bin files."""
+    return "--data.any-alignment", "--data.test-sets", f"lfw={disk / 'lfw'}"
 
 
 def record(run: Path, name: str = "results") -> dict:
@@ -153,7 +158,8 @@ def test_every_table_and_figure_is_a_recipe() -> None:
 def test_table1_trains_its_rows_at_the_papers_resolutions(faces: Path) -> None:
     assert RECIPES["table1"].students == ("hr", "mm", *TRUNKS, "bt")
     assert rows(faces) == FOUR and list(record(faces)["columns"]) == TABLE1
-    assert list(logged(faces)) == ["mr", *(f"{row}-{r}" for row in ("mm", "bt") for r in (7, 14, 28))]
+    small = [f"{row}-{r}" for row in ("mm", "bt") for r in (7, 14, 28)]
+    assert list(logged(faces)) == ["mr", *small]
     costs = record(faces, "costs")
     for r in ("7", "14", "28"):  # a branch is stored and spent less than enlarging to 112 is
         for count in ("parameters", "macs"):
@@ -166,10 +172,11 @@ def test_table1_trains_its_rows_at_the_papers_resolutions(faces: Path) -> None:
 
 def test_table1s_other_trunks_see_other_sizes(train: Train, disk: Path, faces: Path) -> None:
     run = train("table1", *SMALL, "--data.root", disk / "pack", "--students", *TRUNKS[1:],
-                "--data.test-sets", f"lfw={disk / 'lfw'}", "--data.any-alignment")  # fmt: skip
+                *lfw(disk))  # fmt: skip
     assert rows(run) == ["mr-v2", "mr-v3"] and list(record(run)["columns"]) == TABLE1
     steps = logged(faces) | logged(run)  # of equal weights and images
     assert len({steps[row][0]["cls"] for row in TRUNKS}) == 3
+
 
 def test_table1_is_a_mean_over_its_test_sets_with_the_gains_of_the_mean(faces: Path) -> None:
     mean = record(faces, "mean")
@@ -202,7 +209,7 @@ def test_table1s_run_is_scored_on_other_faces(faces: Path, disk: Path, on: str) 
         up = known[np.searchsorted(known, longer)]  # the first not below
         down = known[np.maximum(np.searchsorted(known, shorter, "right") - 1, 0)]
         routed = record(faces, "eval-survface")["notes"]["images by resolution"]
-        assert len(sizes) == 28 and set(up) == set(known)
+        assert len(sizes) == 4 * 3 + 10 and set(up) == set(known)
         for name, ways in (("max+ceil", up), ("min+floor", down)):
             assert routed[name] == {str(r): int((ways == r).sum()) for r in known}
         assert "tpir20_at_fpir_0.1" in record(faces, "eval-survface")["columns"]
@@ -232,7 +239,7 @@ def test_table2s_run_is_scored_again_as_it_was(tuned: Path, disk: Path) -> None:
 
 def test_table3_takes_the_trunk_of_table1(train: Train, disk: Path, faces: Path) -> None:
     run = train("table3", *SMALL, "--data.root", disk / "pack", "--trunk-run", faces,
-                "--data.test-sets", f"lfw={disk / 'pack' / 'lfw.bin'}")  # fmt: skip
+                *lfw(disk))  # fmt: skip
     assert rows(run) == ["mm", *BRANCHES]
     assert list(record(run)["columns"]) == ["112&14", "14&14", "112&112"]
     assert list(logged(run)) == ["mm-14", "pretrain-14", "bct-14", "fixed-14", "bt-14"]
@@ -250,7 +257,7 @@ def test_table3_takes_the_trunk_of_table1(train: Train, disk: Path, faces: Path)
 
 def test_table4_trains_one_trunk_for_its_three_losses(train: Train, disk: Path) -> None:
     last = train("table4", *SMALL, "--data.root", disk / "pack",
-                 "--data.test-sets", f"lfw={disk / 'pack' / 'lfw.bin'}")  # fmt: skip
+                 *lfw(disk))  # fmt: skip
     runs = sorted(last.parent.glob("table4-*"), key=lambda p: p.stat().st_mtime_ns)
     made = [settings(run) for run in runs]
     assert [m["influence"] for m in made] == ["cosface", "arcface", "curricularface"]
@@ -266,7 +273,7 @@ def test_fig7_is_drawn_of_the_runs_that_it_is_given(
     train: Train, disk: Path, faces: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its ends are iresnet50's: of a unit a stage there are others, but for the whole network."""
-    at = (*SMALL, "--data.root", disk / "pack", "--trunk-run", faces)
+    at = (*SMALL, "--data.root", disk / "pack", "--trunk-run", faces, *lfw(disk))
     said = refused(capsys, train, "fig7", *at)
     assert said == (
         "--end stage1.3: small-iresnet has no such part (stem, stage1.1, stage2.1, stage3.1, "
@@ -284,7 +291,7 @@ def test_fig7_is_drawn_of_the_runs_that_it_is_given(
 
 
 def test_fig1_measures_what_up_sampling_costs(train: Train) -> None:
-    run = train("fig1", "--data.identities", 3, "--data.test", 12)
+    run = train("fig1", "--data.identities", 3, "--data.test", 24)
     assert looks_drawn(run / "error.png")
     found = record(run, "error")
     assert (found["images"], found["side"]) == (3, 112)
@@ -306,17 +313,16 @@ def test_fig5_and_fig6_count_the_papers_networks_without_data(train: Train) -> N
     for r, p in points.items():
         if "published share" in p:
             assert p["share"] == pytest.approx(p["published share"], abs=0.05), r
-    spent = train("fig6")
+    spent = train("fig6", "--resolutions", 14, 112)
     assert looks_drawn(spent / "cost.png")
     macs = {p["resolution"]: p["macs"] / 1e9 for p in record(spent, "cost")["points"]}
-    published = {7: 1.517, 14: 4.276, 28: 5.236, 112: 6.309}
-    assert {r: macs[r] for r in published} == pytest.approx(published, rel=0.01)
+    assert macs == pytest.approx({14: 4.276, 112: 6.309}, rel=0.01)
     for run in (stored, spent):
         assert not (run / "metrics.jsonl").exists() and not (run / "results.json").exists()
 
 
 def test_ablation_training_is_table3_on_procedural_faces(train: Train) -> None:
-    run = train("ablation-training", *DRAWN)
+    run = train("ablation-training", *DRAWN, "--data.development", 24)
     assert rows(run) == ["mr", "mm", *BRANCHES]
     assert list(record(run)["columns"]) == ["48&12", "12&12", "48&48"]
     assert rows(run, "results-rank1") == rows(run)
@@ -407,8 +413,6 @@ def test_other_faces_that_are_not_there_are_one_line(
     assert "cut out as 'whole', those trained on as 'arcface'" in refused(
         capsys, scored, faces, *at
     )
-    said = refused(capsys, scored, faces, "--on", "tinyface", "--root", disk / "lfw")
-    assert "TinyFace" in said
 
 
 def test_a_start_run_that_lacks_a_branch_or_has_another_network_is_one_line(
@@ -456,8 +460,8 @@ def test_class_folders_of_objects_are_one_line(
 
 @pytest.mark.slow
 def test_iresnet50_takes_two_steps_of_trunk_and_of_a_branch(train: Train, disk: Path) -> None:
-    run = train("table3", "--data.root", disk / "pack", "--students", "bt",
-                "--data.test-sets", f"lfw={disk / 'pack' / 'lfw.bin'}")  # fmt: skip
+    run = train("table3", "--data.root", disk / "pack", "--students", "bt", "--trunk-optim.batch",
+                8, "--branch-optim.batch", 8, *lfw(disk))  # fmt: skip
     assert settings(run)["student"]["name"] == "iresnet50"
     found = logged(run)
     assert {name: [x["step"] for x in steps] for name, steps in found.items()} == {
