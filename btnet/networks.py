@@ -205,7 +205,7 @@ class Reader:
             return self.network.stored_parameters
         return count_parameters(self.network)
 
-    @property
+    @functools.cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one image."""
         return macs(self.network, self.side)

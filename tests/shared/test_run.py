@@ -26,7 +26,7 @@ from shared.files import write_bytes, write_checkpoint
 from shared.models.recogniser import Recogniser
 from shared.phase import Phase
 from shared.run import Run
-from tests.conftest import ROOT, python, tiny_aird, tiny_horkd
+from tests.conftest import ROOT, python
 
 # A run of train() in a process of its own that ends itself by a signal at step STEP of phase ARM.
 KILLED = """
@@ -285,74 +285,6 @@ def test_load_student_takes_lr_images_at_native_size(whole: Path) -> None:
     assert from_bytes.shape == (3, 128) and torch.equal(from_bytes, from_floats)
     with pytest.raises(ValueError, match="no student 'none'"):
         load_student(whole, "none")
-
-
-# -- ranks ---------------------------------------------------------------------------------------
-
-# Batch norm frozen everywhere; the gradient of every parameter is kept after each of three steps.
-RANKED = """
-import importlib, json, sys, torch
-from shared.config import from_dict
-paper = sys.argv[1]
-Config = importlib.import_module(f"{paper}.config").Config
-torch.nn.modules.batchnorm._BatchNorm.train = (
-    lambda self, mode=True: torch.nn.Module.train(self, False))
-train = importlib.import_module(f"{paper}.train").train
-grads = []
-step = torch.optim.SGD.step
-def kept(self, *args, **kwargs):
-    grads.append([p.grad.clone() for g in self.param_groups for p in g["params"]
-                  if p.grad is not None])
-    return step(self, *args, **kwargs)
-torch.optim.SGD.step = kept
-run = train(from_dict(Config, json.loads(sys.argv[2])))
-import os
-if int(os.environ.get("RANK", 0)) == 0:
-    torch.save(grads, run / "grads.pt")
-"""
-
-
-@pytest.mark.parametrize("paper", ["crrcd", "aird", "aird, random pairs", "horkd"])
-def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(
-    make_config, tmp_path: Path, cache: Path, paper: str
-) -> None:
-    if paper == "crrcd":
-        config = make_config()
-    elif paper == "horkd":
-        config = tiny_horkd(tmp_path, cache, students=("horkd",))
-    else:
-        sampling = "random" if "random" in paper else "preselected"
-        # all 56 images of other people: which are hardest may differ where teachers round apart
-        config = tiny_aird(tmp_path, cache, students=("aird",), n=56, sampling=sampling)
-    # a small rate: rounding is compared, not how training amplifies it
-    config = replace(config, optim=replace(config.optim, epochs=2, lr=1e-3))
-    script = tmp_path / "ranked.py"
-    script.write_text(RANKED)
-    runs = []
-    for ranks in (1, 2):
-        # a cache of its own: the teacher too is trained here, with batch norm frozen
-        folder, kept = str(tmp_path / f"ranks-{ranks}"), str(tmp_path / "cache")
-        one = replace(config, folder=folder, cache=kept)
-        done = python(
-            "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
-            str(script), paper.partition(",")[0], json.dumps(to_dict(one)),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs.append(Path(one.folder))
-    one, two = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in runs
-    )
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            if key not in ("phase",) and "development" not in a:
-                assert b[key] == pytest.approx(a[key], rel=2e-5, abs=2e-5), (key, a, b)
-    first, second = (torch.load(run / "grads.pt") for run in runs)
-    for a, b in zip(first[-8:], second[-8:], strict=True):  # the paper's student's steps
-        for p, q in zip(a, b, strict=True):
-            assert (p - q).norm() <= 1e-4 * p.norm() + 1e-6
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(make_config) -> None:
