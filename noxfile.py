@@ -54,7 +54,7 @@ def slow(session: nox.Session) -> None:
 def smoke(session: nox.Session) -> None:
     """`nox -s smoke -- crrcd`: the smoke recipe of a paper (default: all), from its own folder."""
     session.install("-e", ".")
-    for paper in session.posargs or ["crrcd", "aird", "horkd", "embedkd", "btnet"]:
+    for paper in session.posargs or ["crrcd", "aird", "horkd", "embedkd", "btnet", "baselines"]:
         with session.chdir(paper):
             session.run("python", "train.py", "smoke")
 

@@ -69,8 +69,10 @@ def tables(
         print(results.table(run.folder, name))
 
     for name, test in data.tests():
-        with run.autocast():
-            rows = results.teacher_rows(teacher, test, config.data, best=True)
+        rows = {}
+        if config.score_teacher:
+            with run.autocast():
+                rows = results.teacher_rows(teacher, test, config.data, best=True)
         tell(name, rows | lr_lr(students, test, adapt=adapt), test)
         run.note(seconds=run.seconds())
         if config.report and name == "results":

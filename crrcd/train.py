@@ -115,7 +115,7 @@ def train(config: Config) -> Path:
             run.say(f"{len(data.left_out())} images could not be decoded and were left out")
         for name, test in data.tests():
             with run.autocast():
-                rows = results.teacher_rows(taught_by, test, c)
+                rows = results.teacher_rows(taught_by, test, c) if config.score_teacher else {}
             rows |= {
                 arm: results.student_row(run.place(load_student(run.folder, arm)), test)
                 for arm in students

@@ -149,7 +149,7 @@ def train(config: Config) -> Path:
         kept = {"results": data.evaluations[config.score_on]}
         for name, test in data.tests() if config.score_on == "test" else kept.items():
             with run.autocast():
-                rows = results.teacher_rows(taught_by, test, c)
+                rows = results.teacher_rows(taught_by, test, c) if config.score_teacher else {}
             rows |= {
                 arm: results.student_row(run.place(load_student(run.folder, arm)), test)
                 for arm in students

@@ -169,7 +169,7 @@ def train(config: Config) -> Path:
         reference = "alone" if "alone" in networks else "direct"
         for name, test in data.tests():
             with run.autocast():
-                rows = results.teacher_rows(first, test, c)
+                rows = results.teacher_rows(first, test, c) if config.score_teacher else {}
             for arm in networks:
                 if arm != ASSISTANT or not test.native:
                     trained = run.place(load_student(run.folder, arm))

@@ -243,6 +243,8 @@ class Run:
     """A run folder to go on with, under its own configuration."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the tensorboard extra)."""
+    score_teacher: bool = True
+    """Also score the teacher, on HR images and on the student's LR ones enlarged."""
     report: bool = True
     """Write report.html at the end."""
 

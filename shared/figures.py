@@ -369,11 +369,12 @@ def pair_panel(
     threshold: float,
     colours: tuple[str, str],
     labels: tuple[str, str] = ("same person", "different people"),
+    bins: np.ndarray = BINS,
 ) -> None:
     """`pair_shares` as a filled and an outlined histogram, with the verification threshold."""
     positive, negative = shares
-    axes.stairs(positive, BINS, fill=True, color=colours[0], alpha=0.7, label=labels[0])
-    axes.stairs(negative, BINS, color=colours[1], lw=1.2, label=labels[1])
+    axes.stairs(positive, bins, fill=True, color=colours[0], alpha=0.7, label=labels[0])
+    axes.stairs(negative, bins, color=colours[1], lw=1.2, label=labels[1])
     axes.axvline(threshold, color=INK, ls="--", lw=0.8)
 
 
@@ -451,11 +452,16 @@ def legend(figure: Figure, columns: int = 4) -> None:
 
 def rendered(figure: Figure, dpi: int, *, transparent: bool = False) -> tuple[bytes, bytes]:
     """The figure as PNG, on white, and as SVG; the same bytes whenever it is drawn."""
-    png, svg = io.BytesIO(), io.BytesIO()
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return png.getvalue(), as_svg(figure, transparent=transparent)
+
+
+def as_svg(figure: Figure, *, transparent: bool = False) -> bytes:
+    svg = io.BytesIO()
     ground: dict[str, Any] = {"transparent": True} if transparent else {"facecolor": "white"}
     figure.savefig(svg, format="svg", metadata={"Date": None}, **ground)
-    return png.getvalue(), svg.getvalue()
+    return svg.getvalue()
 
 
 def _grid(count: int, tall: float, *, share: bool = False) -> tuple[Figure, list[Axes]]:

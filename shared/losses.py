@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.kernels import pairwise_distance
+from shared.kernels.dispatch import without_autocast
 
 
 def kd(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -42,6 +43,48 @@ def nce(
     u_pos = positive / tau - offset - log_z
     u_neg = negatives / tau - offset - log_z
     return F.softplus(-u_pos).mean() + F.softplus(u_neg).sum(dim=1).mean()
+
+
+def target_split(z: Tensor, y: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(ln p^tar [B], ln(1 - p^tar) [B]) of softmax(z / T), p^tar the label's (AIRD Eq. 5).
+
+    z: [B, C], y: [B]. AIRD exponentiates "probabilities"; read: logits. The second is a
+    log-sum-exp over the other classes and not 1 - p^tar, so it stays exact where p^tar rounds to 1.
+    """
+    log_tar, log_rest, _ = _split(z / temperature, y)
+    return log_tar, log_rest
+
+
+def decoupled(
+    z_t: Tensor, z_s: Tensor, y: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of DKD and AIRD Eq. 6: (TCKD [B], NCKD [B], 1 - p_t^tar [B]), without T^2.
+
+    TCKD: KL between the teacher's and the student's (p^tar, 1 - p^tar). NCKD: KL between their
+    distributions over the other classes. KL(teacher || student) = TCKD + (1 - p_t^tar) NCKD
+    (Zhao et al., CVPR 2022). Computed in float32 (float64 when given it).
+    Raises ValueError for fewer than two classes.
+    """
+    if z_t.shape != z_s.shape or z_t.shape[1] < 2:
+        raise ValueError(
+            f"logits of teacher {tuple(z_t.shape)} and student {tuple(z_s.shape)}: both must be "
+            "[B, C] of the same C >= 2"
+        )
+    work = torch.promote_types(z_s.dtype, torch.float32)
+    with without_autocast(z_s):
+        tar_t, rest_t, others_t = _split(z_t.to(work) / temperature, y)
+        tar_s, rest_s, others_s = _split(z_s.to(work) / temperature, y)
+        tckd = tar_t.exp() * (tar_t - tar_s) + rest_t.exp() * (rest_t - rest_s)
+        nckd = (others_t.exp() * (others_t - others_s)).sum(1)
+    return tckd, nckd, rest_t.exp()
+
+
+def warm_up(epoch: int, epochs: int) -> float:
+    """DKD's factor on its loss: min((epoch + 1) / epochs, 1), epoch from 0 (Zhao et al. 2022).
+
+    epochs: length of the linear rise; 0: none.
+    """
+    return min((epoch + 1) / epochs, 1.0) if epochs else 1.0
 
 
 def triplet(e: Tensor, y: Tensor, margin: float) -> Tensor:
@@ -93,3 +136,16 @@ def same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
             f"{loss}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in "
             "shape; project one to the other first"
         )
+
+
+def _split(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ln p^tar [B], ln(1 - p^tar) [B], and ln of the softmax over the other classes [B, C].
+
+    That one is 0 at the target, in both networks, and so adds nothing to a divergence.
+    """
+    y = y[:, None]
+    total = torch.logsumexp(z, dim=1, keepdim=True)
+    others = z.scatter(1, y, -torch.inf)
+    rest = torch.logsumexp(others, dim=1, keepdim=True)
+    log_tar, log_rest = (z.gather(1, y) - total).squeeze(1), (rest - total).squeeze(1)
+    return log_tar, log_rest, (others - rest).scatter(1, y, 0)

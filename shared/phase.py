@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,8 @@ class Phase:
 
     def __iter__(self) -> Iterator[Batch]:
         began, from_step = time.perf_counter(), self.step
-        self._saved = time.perf_counter()
+        self._saved = waited = time.perf_counter()
+        took: list[float] = []  # seconds of each step: its batch brought, its work handed out
         bar = self._bar()
         with self._signals():
             while self.step < self.steps:
@@ -73,6 +75,7 @@ class Phase:
                     own = self.run.generator(self.step, self.run.rank, 1)
                     torch.manual_seed(own.initial_seed())
                     yield batch
+                    took.append(time.perf_counter() - waited)
                     self.step += 1
                     self._progress(bar, began, from_step)
                     if self._stop_asked():
@@ -80,8 +83,11 @@ class Phase:
                         self._leave()
                     if time.perf_counter() - self._saved > self.run.config.checkpoint_seconds:
                         self.save()
+                    waited = time.perf_counter()
         bar.close()
         self._flush()
+        if took:
+            self.run.note_steps(self.name, self.steps, statistics.median(took))
         if self._events:
             self._events.close()
 

@@ -88,14 +88,8 @@ def write(folder: Path) -> Path:
             "Configuration": "<details><summary>config.json</summary>"
             f"<pre>{escape(json.dumps(run.config, indent=1))}</pre></details>",
         }
-    body = "\n".join(f"<section><h2>{h}</h2>\n{t}\n</section>" for h, t in sections.items() if t)
-    title = escape(f"{run.config['paper']}: {run.config['config']['recipe'] or 'run'}")
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{HEAD}<title>{title}</title>\n<style>{CSS}'
-        f"</style>\n</head>\n<body>\n<header><h1>{title}</h1>\n{_about(run)}</header>\n"
-        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-    write_text(run.folder / "report.html", page)
+    title = f"{run.config['paper']}: {run.config['config']['recipe'] or 'run'}"
+    write_text(run.folder / "report.html", page(title, _about(run), sections))
     return run.folder / "report.html"
 
 
@@ -147,9 +141,9 @@ def _table(run: Finished) -> str:
         line = [f'<i style="background:{run.colour[name]}"></i>{escape(name)}']
         for column in run.results["columns"]:
             cell = row["cells"][column]
-            line.append(_cell(cell, ".2f"))
+            line.append(interval_cell(cell, ".2f"))
             if column in compared:
-                line.append(_cell(cell.get("difference"), "+.2f"))
+                line.append(interval_cell(cell.get("difference"), "+.2f"))
         line += [f"{row['parameters']:,}", f"{row['macs'] / 1e6:,.1f} M"]
         body.append(line + ([best.get(name, "")] if best else []))
     note = (
@@ -170,13 +164,13 @@ def _table(run: Finished) -> str:
         for name, row in run.rows.items()
     ]
     return (
-        f"<p>{note}</p>\n{_html(head, body)}<details><summary>Every metric (percent; margin: "
-        f"cosine; overlap: share)</summary>\n{_html(['network', *keys], every)}</details>"
+        f"<p>{note}</p>\n{html_table(head, body)}<details><summary>Every metric (percent; margin: "
+        f"cosine; overlap: share)</summary>\n{html_table(['network', *keys], every)}</details>"
     )
 
 
-def _html(head: list[str], body: list[list[str]]) -> str:
-    """head: text; body: HTML."""
+def html_table(head: list[str], body: list[list[str]]) -> str:
+    """A table that scrolls sideways alone, its first column in place. head: text; body: HTML."""
     rows = [[f"<th>{line[0]}</th>"] + [f"<td>{cell}</td>" for cell in line[1:]] for line in body]
     lines = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
     names = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in head)
@@ -186,7 +180,8 @@ def _html(head: list[str], body: list[list[str]]) -> str:
     )
 
 
-def _cell(cell: dict[str, float] | None, form: str) -> str:
+def interval_cell(cell: dict[str, float] | None, form: str) -> str:
+    """A value with its interval as HTML; with a sign in `form`, bold where it leaves out 0."""
     if cell is None:
         return ""
     value = f"{cell['value']:{form}}"
@@ -220,6 +215,11 @@ def _image(run: Finished, name: str, figure: Figure, alt: str) -> str:
     png, svg = figures.rendered(figure, 150, transparent=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     write_bytes(run.folder / "figures" / f"{slug}.png", png)
+    return plot(svg, alt)
+
+
+def plot(svg: bytes, alt: str) -> str:
+    """The <img> that holds an SVG of `figures`, in the colours of the reader's scheme."""
     text = svg.decode().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
     text = text.replace('<style type="text/css">', f'<style type="text/css">{SCHEME}', 1)
     code = base64.b64encode(text.encode()).decode()
@@ -379,6 +379,18 @@ def _png(pixels: torch.Tensor) -> str:
 
 
 # -- page ----------------------------------------------------------------------------------------
+
+
+def page(title: str, about: str, sections: dict[str, str], style: str = "") -> str:
+    """The whole file. title: text; about: HTML below it; sections: HTML by heading, empty ones are
+    left out; style: CSS besides the report's."""
+    body = "\n".join(f"<section><h2>{h}</h2>\n{t}\n</section>" for h, t in sections.items() if t)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{HEAD}<title>{escape(title)}</title>\n'
+        f"<style>{CSS}{style}</style>\n</head>\n<body>\n<header><h1>{escape(title)}</h1>\n"
+        f"{about}</header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
 
 SCHEME = """:root{--ink:#222;--paper:#fff}
 @media screen and (prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#16181b}}"""

@@ -205,20 +205,20 @@ def table(folder: Path, name: str = "results", *, details: bool = False) -> str:
                     else ""
                 )
         lines.append(line)
-    text = _aligned(lines)
+    text = aligned(lines)
     others = [k for k in next(iter(record["rows"].values()))["metrics"] if k not in columns]
     if details and others:
         lines = [["", *others]]
         for name, row in record["rows"].items():
             lines.append([name, *(f"{row['metrics'][k]:.2f}" for k in others)])
-        text += ["", *_aligned(lines)]
+        text += ["", *aligned(lines)]
     split = f"{record['evaluation']} split, {record['epoch']} epoch"
     by = f"intervals by bootstrap over {record['unit']}"
     notes = ", ".join(f"{what}: {n}" for what, n in record.get("notes", {}).items())
     return "\n".join([*text, "", f"{split}; {by}", *filter(None, [notes]), f"written to {folder}"])
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
     """Cells of a table, the first line its head, in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []

@@ -100,23 +100,8 @@ class Run:
         """
         if self.precision != "auto":
             return
-        self.place(model)
-        x = torch.zeros(max(2, batch // self.world), 3, size, size, device=self.device)
-        x = x.to(memory_format=torch.channels_last)
-        times: dict[str, float] = {}
-        for precision in ("fp32", "bf16"):
-            self.precision = precision
-            for step in range(4):  # the first one warms up
-                began = time.perf_counter()
-                with self.autocast():
-                    out = model(x)
-                out.float().square().mean().backward()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                took = time.perf_counter() - began
-                if step:
-                    times[precision] = min(took, times.get(precision, took))
-        self.precision = self.broadcast(min(times, key=lambda p: times[p]))
+        precision, times = faster_precision(model, size, max(2, batch // self.world), self.device)
+        self.precision = self.broadcast(precision)
         shown = ", ".join(f"{p} {1e3 * t:.1f} ms" for p, t in times.items())
         self.say(f"precision: {self.precision} (a step of the student: {shown})")
         self.note()
@@ -257,6 +242,14 @@ class Run:
                 folder = base.with_name(f"{base.name}-{copy}")
         return Path(self.broadcast(str(folder)))
 
+    def note_steps(self, phase: str, count: int, seconds: float) -> None:
+        """Keep how many steps a phase has and the median of their wall times, of those done here.
+
+        Scores and checkpoints are no part of it: the former are outliers, the latter not timed.
+        """
+        before = {**self._first.get("steps", {}), **self._facts.get("steps", {})}
+        self.note(steps=before | {phase: {"count": count, "median_ms": round(1e3 * seconds, 3)}})
+
     def note(self, **facts: Any) -> None:
         """Keep facts about this run (licences, say) in its config.json."""
         self._facts.update(facts)
@@ -293,6 +286,30 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.run.own(grad) * ctx.run.world, None
+
+
+def faster_precision(
+    model: nn.Module, size: int, batch: int, device: torch.device
+) -> tuple[str, dict[str, float]]:
+    """(the faster of "fp32" and "bf16", seconds of a step by precision: the least of three).
+
+    model takes [batch, 3, size, size]; it is moved to the device and has gradients afterwards.
+    """
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.zeros(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    times: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        for step in range(4):  # the first one warms up
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                out = model(x)
+            out.float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - began
+            if step:
+                times[precision] = min(took, times.get(precision, took))
+    return min(times, key=lambda p: times[p]), times
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aird import config as aird
+from baselines import config as baselines
 from btnet import config as btnet
 from crrcd import config as crrcd
 from embedkd import config as embedkd
@@ -74,7 +75,7 @@ def fields(cls: type) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("paper", [aird, btnet, crrcd, embedkd, horkd])
+@pytest.mark.parametrize("paper", [aird, baselines, btnet, crrcd, embedkd, horkd])
 def test_every_configuration_field_is_read(paper) -> None:
     read = {
         node.attr
@@ -100,7 +101,7 @@ def test_tyro_is_imported_only_when_a_command_line_is_read() -> None:
             assert "tyro" not in names, path
 
 
-@pytest.mark.parametrize("paper", ["aird", "btnet", "crrcd", "embedkd", "horkd"])
+@pytest.mark.parametrize("paper", PAPERS)
 def test_a_script_starts_without_what_few_runs_need(paper: str) -> None:
     """torchvision alone takes as long to import as torch."""
     asked = f"import sys, {paper}.train, {paper}.eval; print(*sys.modules)"

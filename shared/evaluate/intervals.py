@@ -88,9 +88,7 @@ def paired_p(
     sums, counts = _per_group(difference[None], groups)
     observed = sums.sum() / counts.sum()
     noise = _resampled_means(sums[0], counts, resamples, seed) - observed
-    # Hits and misses give few distinct means: a tie must not be lost to the last bit.
-    slack = 1e-12 * np.abs(difference).max()
-    return float((1 + np.count_nonzero(np.abs(noise) >= abs(observed) - slack)) / (resamples + 1))
+    return _two_sided(noise, observed, np.abs(difference).max())
 
 
 def compare(
@@ -135,21 +133,90 @@ def paired_seeds(
 
     ValueError: shapes that differ, values that are not finite, fewer than two seeds or groups.
     """
+    return compare_seeds(a, b, groups, resamples=resamples, level=level, seed=seed)[0]
+
+
+def paired_seeds_p(
+    a: torch.Tensor | ArrayLike,
+    b: torch.Tensor | ArrayLike,
+    groups: torch.Tensor | ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of "mean(a - b) over seeds and items is 0", defined as in `paired_p`, by
+    the resamples of `paired_seeds`; a, b [S, N]."""
+    return compare_seeds(a, b, groups, resamples=resamples, seed=seed)[1]
+
+
+def compare_seeds(
+    a: torch.Tensor | ArrayLike,
+    b: torch.Tensor | ArrayLike,
+    groups: torch.Tensor | ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """(`paired_seeds`, `paired_seeds_p`) from the same resamples: a, b [S, N]."""
     difference = _difference(_matrix(a, "a"), _matrix(b, "b"))
-    seeds = len(difference)
-    if seeds < 2:
-        raise ValueError(f"paired_seeds: {seeds} seed, needs at least 2; use paired() for one run")
-    sums, counts = _per_group(difference, groups)
-    rng = np.random.default_rng(seed)
-    means = []
-    for rows in _chunks(resamples, len(counts)):
-        drawn_seeds = rng.integers(seeds, size=(rows, seeds))
-        weight = (drawn_seeds[:, :, None] == np.arange(seeds)).sum(axis=1) / seeds  # [rows, S]
-        drawn = rng.integers(len(counts), size=(rows, len(counts)))  # [rows, G]
-        total = np.take_along_axis(weight @ sums, drawn, axis=1).sum(axis=1)
-        means.append(total / counts[drawn].sum(axis=1))
-    low, high = _quantiles(np.concatenate(means), level)
-    return Interval(float(sums.sum() / (seeds * counts.sum())), low, high)
+    means, observed = _two_way(difference[None], groups, resamples, seed)
+    interval = Interval(float(observed[0]), *_quantiles(means[:, 0], level))
+    return interval, _two_sided(means[:, 0] - observed[0], observed[0], np.abs(difference).max())
+
+
+def ranks(
+    values: torch.Tensor | ArrayLike,
+    groups: torch.Tensor | ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[Interval]:
+    """Rank of each method's mean, 1 the highest (equal means share their mean rank): values
+    [K, S, N], K methods on the same seeds and items.
+
+    Interval.mean is the observed rank. The two-way bootstrap of `paired_seeds`, with one draw of
+    seeds and groups for all methods, so that what they share does not blur their order.
+    """
+    means, observed = _two_way(_finite(values, "values", 3), groups, resamples, seed)
+    drawn = stats.rankdata(-means, axis=1)
+    ours = stats.rankdata(-observed)
+    return [
+        Interval(float(rank), *_quantiles(column, level))
+        for rank, column in zip(ours, drawn.T, strict=True)
+    ]
+
+
+def kendall(
+    values: torch.Tensor | ArrayLike,
+    groups: torch.Tensor | ArrayLike | None,
+    reference: torch.Tensor | ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """(Kendall's tau-b between the means of K methods and fixed numbers of theirs, p of "there is
+    no association"): values [K, S, N] as in `ranks`, reference [K], both higher for the better.
+
+    The interval is over resamples of the values alone: the reference is taken as it is. p is
+    scipy's for the observed ranking, exact for few methods without ties. Means that are all equal
+    in a resample agree with nothing: tau 0. ValueError: all means, or all references, are equal.
+    """
+    means, observed = _two_way(_finite(values, "values", 3), groups, resamples, seed)
+    fixed = _vector(reference, "reference")
+    if len(fixed) != len(observed):
+        raise ValueError(f"reference: {len(fixed)} numbers, needs one for each of {len(observed)}")
+    tau = stats.kendalltau(observed, fixed)
+    if np.isnan(tau.statistic):
+        raise ValueError("kendall: all means or all references are equal, nothing to order")
+    first, second = np.triu_indices(len(fixed), 1)
+    wanted = np.sign(fixed[first] - fixed[second])  # [pairs]
+    found = np.sign(means[:, first] - means[:, second])  # [resamples, pairs]
+    untied = np.sqrt(np.count_nonzero(found, axis=1) * np.count_nonzero(wanted))
+    low, high = _quantiles(found @ wanted / np.maximum(untied, 1), level)
+    return Interval(float(tau.statistic), low, high), float(tau.pvalue)
 
 
 def mean_interval(values: torch.Tensor | ArrayLike, *, level: float = 0.95) -> Interval:
@@ -185,6 +252,41 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed:
         drawn = rng.integers(len(counts), size=(rows, len(counts)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     return np.concatenate(means)
+
+
+def _two_way(
+    values: np.ndarray, groups: Any, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means [resamples, K] of values [K, S, N] over drawn seeds x drawn groups, one draw for all K,
+    and the observed means [K]."""
+    methods, seeds, _ = values.shape
+    if seeds < 2:
+        raise ValueError(f"bootstrap over seeds: {seeds} seed, needs at least 2; use paired()")
+    sums, counts = _per_group(values.reshape(methods * seeds, -1), groups)
+    rng = np.random.default_rng(seed)
+    means = []
+    for rows in _chunks(resamples, len(counts)):
+        seed_times = _times(rng, rows, seeds)
+        group_times = _times(rng, rows, len(counts))
+        # sums of hits are whole numbers, so these are exact however the products are ordered
+        totals = (group_times @ sums.T).reshape(rows, methods, seeds)
+        items = seeds * (group_times @ counts)
+        means.append(np.einsum("rks,rs->rk", totals, seed_times) / items[:, None])
+    observed = sums.reshape(methods, -1).sum(axis=1) / (seeds * counts.sum())
+    return np.concatenate(means), observed
+
+
+def _times(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
+    """[rows, size]: how often each of `size` things is drawn by `size` draws with replacement."""
+    drawn = rng.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(float)
+
+
+def _two_sided(noise: np.ndarray, observed: float, scale: float) -> float:
+    """The p-value of `paired_p`; scale: the largest difference of an item."""
+    # Hits and misses give few distinct means: a tie must not be lost to the last bit.
+    extreme = np.abs(noise) >= abs(observed) - 1e-12 * scale
+    return float((1 + np.count_nonzero(extreme)) / (len(noise) + 1))
 
 
 def _chunks(resamples: int, groups: int) -> Iterator[int]:
@@ -240,7 +342,7 @@ def _matrix(x: Any, name: str) -> np.ndarray:
 def _finite(x: Any, name: str, ndim: int) -> np.ndarray:
     v = as_array(x).astype(np.float64)
     if v.ndim != ndim or v.size == 0:
-        axes = {1: "[N]", 2: "[S, N]"}[ndim]
+        axes = {1: "[N]", 2: "[S, N]", 3: "[K, S, N]"}[ndim]
         raise ValueError(f"{name}: shape {v.shape}, needs {axes} and at least one value")
     if not np.isfinite(v).all():
         raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(v))} NaN or infinite values")

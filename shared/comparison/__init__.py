@@ -1,0 +1,1 @@
+"""Several methods trained alike, and what can be said of them: jobs, statistics, page."""
