@@ -430,7 +430,7 @@ def _projector(sizes: Sizes) -> nn.Module:
 
 def _shared_stages(sizes: Sizes, *wanted: str) -> list[str]:
     """Names of the stages that both networks have. Raises ValueError where one is wanting."""
-    both = [k for k in sizes.student_maps if k.startswith("stage") and k in sizes.teacher_maps]
+    both = [k for k in sizes.student_maps if k[:-1] == "stage" and k in sizes.teacher_maps]
     if not both or not set(wanted) <= set(both):
         raise ValueError(
             f"student has maps {', '.join(sizes.student_maps) or 'none'} and teacher "

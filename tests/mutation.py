@@ -34,6 +34,7 @@ TARGETS = {
     "shared.kernels.relation_scores.reference": [f"{KERNELS}/test_relation_scores.py"],
     "shared.kernels.topk_search.reference": [f"{KERNELS}/test_topk_search.py"],
     "shared.kernels.reductions": [f"{KERNELS}/test_angle_loss.py", f"{KERNELS}/test_distances.py"],
+    "baselines.losses": ["tests/baselines/test_losses.py"],
     "aird.losses": ["tests/aird/test_losses.py"],
     "crrcd.losses": ["tests/crrcd/test_losses.py"],
     "horkd.losses": ["tests/horkd/test_losses.py"],

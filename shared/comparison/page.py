@@ -32,6 +32,7 @@ OTHER_ITEMS = {  # groups scored on images of their own
 }
 LEVEL = 0.05  # of a p-value after Holm's correction
 WIDTH = 140  # characters of a line of `text`
+NAME = 26  # characters of a name in a plot
 SECOND = OTHERS[0]
 VERDICTS = {"confirmed": "✓", "not confirmed": "○", "contradicted": "✗", "not tested": "·"}
 # What is held equal, in words: the fields that tell it, and how each is told.
@@ -69,13 +70,14 @@ def write(folder: Path) -> Path:
             "What the papers print": _published(record),
             "How this was made": _made(record),
         }
-    text = [f"# {title}", _told(record), *(f"- {found}" for found in _findings(record))]
+    findings = _findings(record)
+    lines = [f"# {title}", "", _told(record), "", *(f"- {found}" for found in findings)]
     for at in record["resolutions"]:
-        text += ["", f"## {at} px", "", markdown(record, at)]
+        lines += ["", f"## {at} px", "", markdown(record, at)]
     if record.get("claims"):
-        text += ["", "## The papers' claims", "", markdown_claims(record)]
-    write_text(folder / "comparison.md", "\n".join([text[0], "", text[1], "", *text[2:]]) + "\n")
-    found = "".join(f"<li>{escape(line)}</li>\n" for line in _findings(record))
+        lines += ["", "## The papers' claims", "", markdown_claims(record)]
+    write_text(folder / "comparison.md", "\n".join([*lines, ""]))
+    found = "".join(f"<li>{escape(line)}</li>\n" for line in findings)
     about = f'<p>{escape(_told(record))}</p>\n<ul class="found">\n{found}</ul>\n'
     write_text(folder / "report.html", page(title, about, sections, CSS))
     return folder / "report.html"
@@ -93,7 +95,7 @@ def markdown(record: dict[str, Any], resolution: str) -> str:
     head = ["", _heading(record), f"− {first}", f"− {second}", "tuned", "rank", "step", "whole",
             "parameters", "MACs"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
-    for name, row in record["resolutions"][resolution]["rows"].items():
+    for row in record["resolutions"][resolution]["rows"].values():
         cell = _cell(row, record["headline"])
         if cell is None:
             lines.append([row["title"], f"failed: {_failures(row)}", *[""] * (len(head) - 2)])
@@ -155,21 +157,18 @@ def text(record: dict[str, Any], resolution: str) -> str:
         f"{found['identities']:,} identities; * Holm p <= {LEVEL:g}; step, whole: times the "
         "student alone"
     )
-    return "\n".join([*(x.rstrip() for x in aligned(lines)), "", *_wrapped(about), *notes])
+    return "\n".join([*(x.rstrip() for x in aligned(lines)), "", *textwrap.wrap(about, WIDTH), *notes])
 
 
 def _piped(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(' '.join(c.split()).replace('|', '/') for c in cells)} |"
+    plain = (" ".join(c.split()).replace("|", "/").replace("<", "&lt;") for c in cells)
+    return f"| {' | '.join(plain)} |"
 
 
 def _plain(words: str, most: int) -> str:
     """One line of at most so many characters."""
     words = " ".join(words.split())
     return words if len(words) <= most else words[: most - 1] + "…"
-
-
-def _wrapped(words: str) -> list[str]:
-    return textwrap.wrap(words, WIDTH)
 
 
 # -- parts of a record ---------------------------------------------------------------------------
@@ -200,8 +199,10 @@ def _colour(record: dict[str, Any], name: str, row: dict[str, Any]) -> str:
 
 
 def _main(record: dict[str, Any]) -> str:
-    """The resolution that the findings are told of: the one with most seeds."""
-    return max(record["resolutions"], key=lambda at: record["resolutions"][at]["seeds"])
+    """The resolution that the findings are told of: most seeds, and of equals most claims."""
+    claims = [str(claim.get("resolution")) for claim in record.get("claims", [])]
+    return max(record["resolutions"],
+               key=lambda at: (record["resolutions"][at]["seeds"], claims.count(at)))  # fmt: skip
 
 
 def _heading(record: dict[str, Any]) -> str:
@@ -253,11 +254,14 @@ def _size(row: dict[str, Any]) -> list[str]:
 
 
 def _failures(row: dict[str, Any]) -> str:
-    """The seeds that failed, one time each reason."""
+    """Each reason once, with the seeds that failed so."""
     seeds: dict[str, list[str]] = {}
     for seed, reason in (row.get("failed") or {}).items():
         seeds.setdefault(reason, []).append(seed)
-    told = (f"{reason} (seed{'s' * (len(s) > 1)} {', '.join(s)})" for reason, s in seeds.items())
+    told = (
+        f"{reason} ({'seed ' + s[0] if len(s) == 1 else _count(len(s), 'seed')})"
+        for reason, s in seeds.items()
+    )
     return "; ".join(told) or "no scores"
 
 
@@ -275,11 +279,12 @@ def _listed(words: Sequence[str]) -> str:
 def _told(record: dict[str, Any]) -> str:
     """What was compared, and what was held equal."""
     found, at = record["resolutions"][_main(record)], list(record["resolutions"])
-    students = sum(row["group"] != "teacher" for row in found["rows"].values())
+    groups = (*RANKED, "component")
+    students = sum(row["group"] in groups for row in found["rows"].values())
     told = (
         f"{students} ways to train one small network on images of {_listed(at)} px, each with "
-        f"{_count(found['seeds'], 'paired seed')}, scored on {found['identities']:,} people or "
-        f"classes that no network has seen (recipe {record['recipe']})."
+        f"{_count(found['seeds'], 'paired seed')}, scored on {found['identities']:,} "
+        f"identities that no network has seen (recipe {record['recipe']})."
     )
     equal, same = record.get("equal") or {}, []
     for what, fields in HELD.items():
@@ -331,18 +336,19 @@ def _findings(record: dict[str, Any]) -> list[str]:
         parts = []
         for kind, found in gains.items():
             clear = [g["value"] > 0 for g in found if _clear(g)]
+            better, worse = sum(clear), len(clear) - sum(clear)
             if found:
                 parts.append(
-                    f"{'with tuned weights ' * (kind == 'tuned')}{sum(clear)} of {len(found)} "
-                    f"methods beat {name} and {len(clear) - sum(clear)} fall short of it"
+                    f"{'with tuned weights ' * (kind == 'tuned')}{better} of {len(found)} "
+                    f"beat{'s' * (better == 1)} {name}, {worse} fall{'s' * (worse == 1)} short of "
+                    f"it, {len(found) - len(clear)} cannot be told from it"
                 )
-        line = "; ".join(parts) + " (after Holm’s correction)."
-        told.append(line[0].upper() + line[1:])
+        told.append(f"Of the methods {'; '.join(parts)} (p ≤ {LEVEL:g} after Holm’s correction).")
     verdicts = [claim["verdict"] for claim in record.get("claims", [])]
     tested = [v for v in verdicts if v != "not tested"]
     if tested:
         parts = [f"{tested.count(v)} {v}" for v in VERDICTS if v in tested]
-        told.append(f"Of {_count(len(tested), 'tested claim')} of the papers {_listed(parts)}.")
+        told.append(f"Of the papers’ claims {len(tested)} are tested here: {', '.join(parts)}.")
     return told
 
 
@@ -351,7 +357,7 @@ def _findings(record: dict[str, Any]) -> list[str]:
 
 def _forest(record: dict[str, Any], at: str) -> str:
     """Dot and interval of every row's mean, best first; none and KD run through as lines."""
-    head, text = record["headline"], ""
+    head = record["headline"]
     own = _rows(record, at)
     every = record["resolutions"][at]["rows"]
     parts = _rows(record, at, ("component",))
@@ -364,7 +370,9 @@ def _forest(record: dict[str, Any], at: str) -> str:
             kind = {record["reference"]: "ref", record["second"]: "second"}.get(
                 name, "other" if row["group"] in ("baseline", "component") else "own"
             )
-            marks = [(_cell(row, head), kind), (_cell(row.get("tuned"), head), f"{kind} ring")]
+            moved = (row.get("tuning") or {}).get("chosen") != 1
+            ring = _cell(row.get("tuned"), head) if moved else None
+            marks = [(_cell(row, head), kind), (ring, f"{kind} ring")]
             cell = row["cells"][head]
             lines.append((f"<b>{escape(row['title'])}</b>", marks, _small(cell, ".1f")))
         drawn = {
@@ -378,9 +386,9 @@ def _forest(record: dict[str, Any], at: str) -> str:
     lines = (record["reference"], record["second"])
     tuned = any(_cell(r.get("tuned"), head) for r in own.values())
     teachers = _rows(record, at, ("teacher",))
-    text += (
+    text = (
         f"<p>{escape(_heading(record))} in percent with 95 % intervals. Dot: the default weight"
-        + ("; ring: the tuned one" if tuned else "")
+        + ("; ring: the tuned one, where that is another" if tuned else "")
         + '. <span class="own">In colour: the papers’ methods.</span></p>\n'
         + strips(own, lines, own | parts)
     )
@@ -408,9 +416,8 @@ def _claims(record: dict[str, Any]) -> str:
         about = [claim["source"], rows, record["columns"].get(claim.get("column"), "")]
         if several and claim.get("resolution"):
             about.append(f"{claim['resolution']} px")
+        about.append(claim.get("note") or "")
         drawn = claim if claim.get("value") is not None else None
-        if drawn is None or claim.get("note"):
-            about.append(claim.get("note", ""))
         label = (
             f'<span class="verdict {kind}">{VERDICTS.get(verdict, "")} {escape(verdict)}</span>'
             f"<b>{escape(claim['claim'])}</b> "
@@ -480,9 +487,9 @@ def _strips(
         heights = (34, 68) if len(present) > 1 else (50,)
         for (cell, kind), y in zip(present, heights, strict=False):
             if not low <= cell["value"] <= high:
-                side = "◀" if cell["value"] < low else "▶"
+                side, anchor = ("◀", "start") if cell["value"] < low else ("▶", "end")
                 shapes += (f'<text class="{kind}" x="{x(cell["value"])}" y="{y}%" dy=".35em" '
-                           f'text-anchor="{"start" if side == "◀" else "end"}">{side}</text>')  # fmt: skip
+                           f'text-anchor="{anchor}">{side}</text>')  # fmt: skip
                 continue
             if _sure(cell):
                 shapes += (f'<line class="{kind}" x1="{x(cell["low"])}" x2="{x(cell["high"])}" '
@@ -493,6 +500,8 @@ def _strips(
             f'<div class="label">{label}</div><svg aria-hidden="true">{ground}{shapes}</svg>'
             f'<div class="value">{value}</div>\n'
         )
+    far = any(not low <= cell["value"] <= high for _, marks, _ in lines for cell, _ in marks if cell)
+    unit += "; ◀ ▶ beyond" * far
     names = "".join(f'<text x="{x(t)}" y="13" text-anchor="middle">{t:g}</text>' for t in ticks)
     return (
         f'<div class="strips">\n{text}<div class="label"></div><svg class="axis" aria-hidden="true"'
@@ -519,12 +528,11 @@ def _tables(record: dict[str, Any], at: str) -> str:
         for row in found["rows"].values()
         if row.get("failed") or not _cell(row, record["headline"])
     )
-    failed_tuned = "".join(
+    failed += "".join(
         f"<li><b>{escape(row['title'])}, tuned</b>: {escape(_failures(row['tuned']))}</li>\n"
         for row in found["rows"].values()
         if (row.get("tuned") or {}).get("failed")
     )
-    failed += failed_tuned
     text = f"<p>{escape(note)}</p>\n{_table(record, at, record['headline'])}"
     if failed:
         text += f'<p>Failed:</p>\n<ul class="failed">\n{failed}</ul>\n'
@@ -542,11 +550,11 @@ def _tables(record: dict[str, Any], at: str) -> str:
 
 def _table(record: dict[str, Any], at: str, column: str) -> str:
     first, second = record["reference"], record["second"]
-    head = ["row", f"{record['columns'][column]} (%)", f"minus {first}", f"minus {second}",
-            "tuned (%)", f"tuned, minus {second}", "weight ×", "rank", "tuned rank", "step",
-            "whole training", "parameters", "MACs"]  # fmt: skip
-    if column != record["headline"]:
-        del head[6:]
+    full = column == record["headline"]
+    head = ["row", f"{record['columns'][column]} (%)", *["rank"] * full, f"minus {first}",
+            f"minus {second}", "tuned (%)", f"tuned, minus {second}"]  # fmt: skip
+    if full:
+        head += ["tuned rank", "weight ×", "step", "whole training", "parameters", "MACs"]
     body = []
     for name, row in record["resolutions"][at]["rows"].items():
         colour = _colour(record, name, row).replace(INK, "var(--ink)")
@@ -556,23 +564,20 @@ def _table(record: dict[str, Any], at: str, column: str) -> str:
         cell, tuned = _cell(row, column), _cell(row.get("tuned"), column)
         if cell is None:
             why = "failed" if row.get("failed") else "not scored"
-            line = [label, f"<small>{why}</small>", *[""] * (len(head) - 2)]
-            line[-2:] = _size(row) if column == record["headline"] else line[-2:]
-            body.append(line)
+            body.append([label, f"<small>{why}</small>", *[""] * (len(head) - 2)])
             continue
-        line = [label, _small(cell), _gain(cell, first), _gain(cell, second)]
+        mean, gain = _small(cell), _gain(cell, first)
         if lost := row.get("failed"):
-            line[1] += f"<br><small>{_count(len(lost), 'seed')} failed</small>"
-        if not line[2] and (to := row.get("against")) in cell.get("minus", {}):
-            line[2] = f"{_gain(cell, to)}<br><small>minus {escape(to)}</small>"
+            mean += f"<br><small>{_count(len(lost), 'seed')} failed</small>"
+        if not gain and (to := row.get("against")) in cell.get("minus", {}):
+            gain = f"{_gain(cell, to)}<br><small>minus {escape(to)}</small>"
+        unranked = "" if row["group"] in RANKED else "<small>not ranked</small>"
+        line = [label, mean, *[_rank(row) or unranked] * full, gain, _gain(cell, second)]
         none = "<small>not tuned</small>" if not row.get("tuning") else "<small>failed</small>"
-        line += [_small(tuned) if tuned else none,
-                 _gain(tuned, second) if tuned else ""]  # fmt: skip
-        if column == record["headline"]:
+        line += [_small(tuned) if tuned else none, _gain(tuned, second) if tuned else ""]
+        if full:
             chosen = (row.get("tuning") or {}).get("chosen")
-            unranked = "" if row["group"] in RANKED else "<small>not ranked</small>"
-            line += ["" if chosen is None else f"{chosen:.3g}", _rank(row) or unranked,
-                     _rank(row.get("tuned") or {}),
+            line += [_rank(row.get("tuned") or {}), _fraction(chosen) if chosen else "",
                      _times(row, "step") or "<small>not timed</small>", _times(row, "whole"),
                      *_size(row)]  # fmt: skip
         body.append(line)
@@ -584,7 +589,7 @@ def _gain(cell: dict[str, Any], other: str) -> str:
     if not gain:
         return ""
     value, *interval = _small(gain, "+.2f").split(" ", 1)
-    value = f"<b>{value}*</b>" if _clear(gain) else f"{value}\N{FIGURE SPACE}"
+    value = f"<b>{value}*</b>" if _clear(gain) else f"{value}\N{PUNCTUATION SPACE}"
     return " ".join([value, *interval])
 
 
@@ -594,7 +599,7 @@ def _published(record: dict[str, Any]) -> str:
             f"{escape(x['paper'])} <small>{escape(x['recipe'])}</small>",
             f'<span class="wrap">{escape(x["what"])}</span>',
             escape(x["published"]),
-            escape(x.get("ours") or "") or f'<span class="wrap">{escape(x.get("why") or "")}</span>',
+            f'<span class="wrap">{escape(x.get("ours") or x.get("why") or "")}</span>',
             escape(x.get("today") or ""),
         ]
         for x in record.get("published") or []
@@ -619,9 +624,9 @@ def _made(record: dict[str, Any]) -> str:
     text = f"<dl>{facts}</dl>\n" if facts else ""
     text += (
         "<p>A mean has Student’s t interval over its seeds; a difference is paired, over the seeds "
-        "that both rows have, with a bootstrap over seeds and test identities, as ranks and τ "
-        "are. p-values are corrected by Holm’s method: all baselines and papers against one row are a "
-        "family, and so are all claims.</p>\n"
+        "that both rows have, with a bootstrap over seeds and test identities, as are ranks and "
+        "τ. p-values are corrected by Holm’s method: all baselines and papers against one row are "
+        "a family, and so are all claims.</p>\n"
     )
     exempt = record.get("exempt") or {}
     if exempt:
@@ -646,7 +651,7 @@ def _each(record: dict[str, Any], draw: Callable[[dict[str, Any], str], str]) ->
     """A part for every resolution, headed where there are several."""
     parts = {at: draw(record, at) for at in record["resolutions"]}
     several = len(record["resolutions"]) > 1
-    return "".join(f"<h3>{at} px</h3>\n" * several + text for at, text in parts.items() if text)
+    return "".join(f"<h3>{escape(at)} px</h3>\n" * several + text for at, text in parts.items() if text)
 
 
 def _wide(lines: int) -> tuple[Figure, Axes]:
@@ -656,7 +661,7 @@ def _wide(lines: int) -> tuple[Figure, Axes]:
 
 
 def _labelled(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names (x, y, text, colour) right of the axes, moved apart, with a hairline to their points."""
+    """Names of points (x, y, text, colour) right of the axes, moved apart, a hairline to each."""
     from sklearn.isotonic import isotonic_regression  # two seconds to import
 
     figure.draw_without_rendering()
@@ -671,8 +676,8 @@ def _labelled(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, s
     for k, place in zip(order, places + steps, strict=True):
         _, _, name, colour = points[k]
         axes.annotate(
-            name, flat[k], (1.05, place), xycoords="axes fraction", textcoords="axes fraction",
-            color=colour, fontsize=7.5, va="center", annotation_clip=False,
+            _plain(name, NAME), flat[k], (1.05, place), xycoords="axes fraction", va="center",
+            textcoords="axes fraction", color=colour, fontsize=7.5, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6,
                         "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2.5},
         )  # fmt: skip
@@ -746,7 +751,7 @@ def _resolutions(record: dict[str, Any]) -> str:
 def _panel(title: str, colour: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(2.1, 1.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(_plain(title, 26), color=colour)
+    axes.set_title(_plain(title, NAME), color=colour)
     axes.tick_params(labelsize=8)
     return figure, axes
 
@@ -768,9 +773,9 @@ def _curves(record: dict[str, Any], at: str) -> str:
         colour = _colour(record, name, rows[name])
         figure, axes = _panel(rows[name]["title"], colour)
         for other in (*behind, name):
-            its = _colour(record, other, rows[other])
-            axes.plot(curves[other]["epochs"], curves[other][head], color=its,
-                      lw=1.6 if other == name else 0.9, alpha=1 if other == name else 0.55)  # fmt: skip
+            width, alpha = (1.6, 1.0) if other == name else (0.9, 0.55)
+            axes.plot(curves[other]["epochs"], curves[other][head], lw=width, alpha=alpha,
+                      color=_colour(record, other, rows[other]))  # fmt: skip
         axes.set(xlim=(0, 1.03 * max(ends)), ylim=(0.97 * every.min(), 1.03 * every.max()))
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -801,8 +806,8 @@ def _similarity(record: dict[str, Any], at: str) -> str:
     for name in names:
         one, colour = found[name], _colour(record, name, rows[name])
         figure, axes = _panel(rows[name]["title"], colour)
-        figures.pair_panel(axes, [np.array(one["same"]), np.array(one["different"])],
-                           one["threshold"], (colour, INK), bins=np.array(one["edges"]))  # fmt: skip
+        same, different, edges = (np.array(one[k]) for k in ("same", "different", "edges"))
+        figures.pair_panel(axes, [same, different], one["threshold"], (colour, INK), bins=edges)
         axes.set(xlim=(left, 1), ylim=(0, None), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -833,9 +838,10 @@ def _order(record: dict[str, Any], at: str) -> str:
     for name, a, b in zip(names, theirs, ours, strict=True):
         row = rows.get(name, {"title": name, "group": "baseline"})
         colour = _colour(record, name, row)
-        axes.plot([0, 1], [a, b], "o-", ms=4, lw=1.2, color=colour)
+        axes.plot([0, 1], [a, b], "o-", ms=4, lw=1.2, color=colour, clip_on=False)
         for side, y in ((0, a), (1, b)):
-            axes.annotate(f"{row['title']}  {y}" if side == 0 else f"{y}  {row['title']}",
+            title = _plain(row["title"], NAME)
+            axes.annotate(f"{title}  {y}" if side == 0 else f"{y}  {title}",
                           (side, y), (-8 if side == 0 else 8, 0), textcoords="offset points",
                           ha="right" if side == 0 else "left", va="center", fontsize=8,
                           color=colour, annotation_clip=False)  # fmt: skip
@@ -868,7 +874,8 @@ def _tuning(record: dict[str, Any], at: str) -> str:
     text = ""
     for name, row in record["resolutions"][at]["rows"].items():
         trials = (row.get("tuning") or {}).get("multipliers") or {}
-        scored = sorted((float(m), t["value"]) for m, t in trials.items() if t.get("value") is not None)
+        scored = [(float(m), t["value"]) for m, t in trials.items() if t.get("value") is not None]
+        scored.sort()
         if len(scored) < 2:
             continue
         chosen = row["tuning"].get("chosen")
@@ -910,8 +917,8 @@ h4{{margin:1.6rem 0 .3rem;font-size:.9375rem}}
 .found li{{margin:.4rem 0}}
 .strips{{display:grid;grid-template-columns:minmax(0,11rem) minmax(0,1fr) 9.5rem;align-items:center;
  font-size:.875rem;margin:1rem 0;font-variant-numeric:tabular-nums}}
-.strips svg{{width:100%;height:1.7rem;display:block;overflow:visible}}
-.strips svg[height]{{height:1.25rem}}
+.strips svg{{width:100%;height:0;min-height:max(1.7rem,100%);display:block;overflow:visible}}
+.strips svg[height]{{min-height:1.25rem}}
 .strips .label{{padding-right:.8rem;line-height:1.25;overflow-wrap:anywhere}}
 .strips .value{{padding-left:.9rem;white-space:nowrap}}
 .strips b{{font-weight:500}}
@@ -920,28 +927,29 @@ svg text{{fill:currentColor;font-size:.75rem}} .axis{{opacity:.75}}
 line.grid{{stroke-width:1;opacity:.14}} line.guide{{stroke-width:1.2;opacity:.65}}
 line.ring{{stroke-width:1;opacity:.7}} circle.ring{{fill:var(--paper);stroke-width:1.4}}
 .own{{color:{OWN}}} .ref{{color:{REFERENCE}}} .second{{color:{SECOND}}}
-.confirmed{{color:{OTHERS[1]}}} .contradicted{{color:{OWN}}}
+.confirmed{{color:{OTHERS[1]}}} .contradicted{{color:{OTHERS[4]}}}
 .not-confirmed,.not-tested{{color:{REFERENCE}}}
 .claims .strips{{grid-template-columns:minmax(0,24rem) minmax(0,1fr) 13rem}}
-.claims .strips svg{{height:100%;min-height:3.6rem}} .claims .strips svg[height]{{min-height:0}}
 .claims .label{{padding-block:.5rem}}
 .verdict{{font-weight:600;display:block}} .claims small{{display:block}}
 .claims .value small{{display:inline}}
 tbody th small{{display:block;font-weight:400}}
 .wrap{{display:inline-block;white-space:normal;min-width:13rem;max-width:24rem;text-align:left}}
-.published td{{text-align:left;vertical-align:top}} .published th{{text-align:left;vertical-align:top}}
+.published td,.published th{{text-align:left;vertical-align:top}}
 .one{{max-width:37rem}}
 .small{{display:grid;grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr));gap:.8rem 1rem}}
-@media (prefers-color-scheme:dark){{.second{{color:#4aa3df}}}}
+@media screen and (prefers-color-scheme:dark){{.second{{color:#4aa3df}}}}
 @media (max-width:40rem){{
 .strips{{grid-template-columns:minmax(0,6.6rem) minmax(0,1fr) 2.6rem}}
 .strips .value{{padding-left:.5rem;text-align:right}} .strips .value small{{display:none}}
 .claims .strips{{grid-template-columns:minmax(0,1fr)}}
 .claims .label{{padding:1rem 0 0}} .claims .value{{text-align:left;padding:0}}
-.claims .strips .value small{{display:inline}} .claims .strips svg{{height:1.7rem;min-height:0}}
+.claims .strips .value small{{display:inline}}
 .small{{grid-template-columns:1fr 1fr}}
-th:first-child{{max-width:8rem;white-space:normal}}
+th:first-child{{min-width:7rem;white-space:normal}} th i{{float:left;margin-top:.4em}}
 }}
-@media print{{.small{{grid-template-columns:repeat(4,1fr)}}.strips>*{{break-inside:avoid}}
- .strips svg{{print-color-adjust:exact}}.wrap{{min-width:6rem}}}}
+@media print{{.small{{grid-template-columns:repeat(4,1fr)}} .strips>*,.one,tr{{break-inside:avoid}}
+ section>p{{break-after:avoid}} .strips svg{{print-color-adjust:exact}} .wrap{{min-width:6rem}}
+ table{{font-size:.5rem}} th,td{{padding:.2rem .35rem .2rem 0}} td small{{white-space:nowrap}}
+ tbody th small{{display:none}} .published th small{{display:block}}}}
 """

@@ -368,7 +368,7 @@ class Loader:
         self.views = Views(data)
         self.steps = len(images) // size if sampler is None else sampler.steps
         self.sampler = sampler
-        self.kept_low: Rows | None = None  # every LR view, of images decoded from files
+        self.kept_low: Rows | None = None  # every LR view, on disk
         self._low: Tensor | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -467,11 +467,11 @@ class Loader:
         if d.degradation == "realistic":
             key = degrade.keys(self.seed, index, epoch)
             pixels = to_uint8(self._realistic(to_float(seen()), key))
+        elif (table := self._table()) is not None:
+            pixels = table[index.to(table.device), view.to(table.device)]
         elif self.kept_low is not None:
             pixels = self.kept_low.read(view, index).to(self.device)
             pixels = pixels.view(len(index), 3, d.lr, d.lr)
-        elif (table := self._table()) is not None:
-            pixels = table[index.to(table.device), view.to(table.device)]
         else:
             pixels = self._degrade(seen())
         return student_input(pixels, d)
@@ -484,21 +484,32 @@ class Loader:
         d = self.data
         return degrade.realistic(x, d.lr, key, mode=d.kernel, antialias=d.antialias)
 
-    def _table(self) -> Tensor | None:
-        """Every LR view, uint8 [N, views, 3, lr, lr], where there is a smaller image to keep, and
-        all of them are small enough."""
-        side, pictures = self.data.lr, self.seen
-        needed = len(pictures) * self.views.count * 3 * side * side
+    @property
+    def tabled(self) -> bool:
+        """Whether every LR view is held in memory: where images are, there is a smaller image to
+        keep, and all of them are small enough."""
+        side = self.data.lr
+        needed = len(self.seen) * self.views.count * 3 * side * side
         wanted = self.views.finite and side < self.data.hr and needed <= LR_TABLE_BYTES
-        if self._low is None and isinstance(pictures, Resident) and wanted:
+        return isinstance(self.seen, Resident) and wanted
+
+    def _table(self) -> Tensor | None:
+        """Every LR view, uint8 [N, views, 3, lr, lr], if they are held: kept ones, else made."""
+        side, pictures = self.data.lr, self.seen
+        if self._low is None and isinstance(pictures, Resident) and self.tabled:
             table = torch.empty(
                 (len(pictures), self.views.count, 3, side, side),
                 dtype=torch.uint8,
                 device=self.device,
             )
-            for index in torch.arange(len(pictures)).split(256):
-                pixels = pictures.pixels[index].to(self.device)
-                for view in range(self.views.count):
+            numbers = torch.arange(len(pictures))
+            for view in range(self.views.count):
+                if self.kept_low is not None:
+                    rows = self.kept_low.read(torch.full_like(numbers, view), numbers)
+                    table[:, view] = rows.view(-1, 3, side, side).to(self.device)
+                    continue
+                for index in numbers.split(256):
+                    pixels = pictures.pixels[index].to(self.device)
                     table[index.to(self.device), view] = self.low_view(pixels, view)
             self._low = table
         return self._low

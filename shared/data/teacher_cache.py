@@ -13,8 +13,9 @@ Below CACHE/outputs/<teacher>-<key>/:
     logits      [views, N, classes] float32, where they fit too, of the same pass; else the head
                 makes them of the kept embeddings at each step, as it does live: the same bits.
                 A teacher without classes has none
-and below CACHE/outputs/<data>-<key>/, for images that are decoded from files:
-    lr          [views, N, 3 * lr * lr] uint8: a step then decodes no image at all
+and below CACHE/outputs/<data>-<key>/, for images that are decoded from files (a step then decodes
+no image at all), and for those in memory whose LR views are held there too (a run then makes none):
+    lr          [views, N, 3 * lr * lr] uint8
 The keys are made of all that decides the values. How files are checked: shared.data.kept.
 """
 
@@ -78,7 +79,8 @@ class TeacherCache:
         self.low: Rows | None = None
         fixed = loader.data.degradation == "plain" and loader.views.finite
         seen = loader.seen.images if isinstance(loader.seen, Part) else loader.seen
-        if isinstance(seen, Streaming) and seen.on_error == "stop" and fixed:
+        readable = isinstance(seen, Streaming) and seen.on_error == "stop"
+        if fixed and (readable or loader.tabled):
             made_by = {"images": _images(loader, loader.seen, fingerprint, _NOT_LR),
                        "computed": machine}  # fmt: skip
             folder, width = _folder(run, loader.data.name, made_by), 3 * loader.data.lr**2

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.losses import at_least_float32, kd, nce, same_shape, triplet, unit, unit_maps
+from shared.losses import (
+    at_least_float32,
+    decoupled,
+    kd,
+    nce,
+    same_shape,
+    target_split,
+    triplet,
+    unit,
+    unit_maps,
+    warm_up,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -117,6 +128,95 @@ def test_triplet_computes_in_float32_or_better() -> None:
         found, same = triplet(low, y, 0.2), triplet(e, y, 0.2)
     assert found.dtype == torch.float32 and found.item() == triplet(low.float(), y, 0.2).item()
     assert same.dtype == torch.float64 and same.item() == triplet(e, y, 0.2).item()
+
+
+# -- decoupled distillation ----------------------------------------------------------------------
+
+
+def logits(b: int, c: int, seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the teacher and the student, and labels."""
+    return (scale * normal(b, c, seed=seed), scale * normal(b, c, seed=seed + 1000),
+            labels(b, c, seed))  # fmt: skip
+
+
+def softmax(z: list[float], temperature: float) -> list[float]:
+    total = math.fsum(math.exp(v / temperature) for v in z)
+    return [math.exp(v / temperature) / total for v in z]
+
+
+def test_target_split_matches_plain_loop() -> None:
+    z, _, y = logits(6, 9, 0)
+    log_tar, log_rest = target_split(z, y, 2.5)
+    for row in range(6):
+        p = softmax(z[row].tolist(), 2.5)
+        others = math.fsum(v for c, v in enumerate(p) if c != y[row])
+        assert log_tar[row].exp().item() == pytest.approx(p[y[row]], rel=1e-12)
+        assert log_rest[row].exp().item() == pytest.approx(others, rel=1e-12)
+    assert target_split(z, y)[0].exp()[0].item() == pytest.approx(softmax(z[0].tolist(), 1)[y[0]])
+
+
+def test_target_split_is_exact_where_the_target_rounds_to_certainty() -> None:
+    log_tar, log_rest = target_split(torch.tensor([[60.0, 0.0, 0.0]]), torch.tensor([0]))
+    assert log_rest.item() == pytest.approx(math.log(2) - 60, rel=1e-6)
+    assert log_tar.item() == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_decoupled_parts_match_plain_loops(temperature: float) -> None:
+    z_t, z_s, y = logits(5, 7, 1)
+    tckd, nckd, not_target = decoupled(z_t, z_s, y, temperature)
+    for row, tar in enumerate(y.tolist()):
+        p_t, p_s = (softmax(z[row].tolist(), temperature) for z in (z_t, z_s))
+        rest = [c for c in range(7) if c != tar]
+        not_t, not_s = (math.fsum(p[c] for c in rest) for p in (p_t, p_s))
+        binary = p_t[tar] * math.log(p_t[tar] / p_s[tar]) + not_t * math.log(not_t / not_s)
+        among = math.fsum(
+            p_t[c] / not_t * math.log((p_t[c] / not_t) / (p_s[c] / not_s)) for c in rest
+        )
+        assert tckd[row].item() == pytest.approx(binary, rel=1e-10)
+        assert nckd[row].item() == pytest.approx(among, rel=1e-10)
+        assert not_target[row].item() == pytest.approx(not_t, rel=1e-12)
+    default = decoupled(z_t, z_s, y)[0]
+    assert (default == decoupled(z_t, z_s, y, 1.0)[0]).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 6), st.integers(2, 40), st.floats(0.3, 9), st.floats(0.1, 20), st.integers(0, 99)
+)
+def test_the_decoupled_parts_make_up_plain_distillation(
+    b: int, c: int, temperature: float, scale: float, seed: int
+) -> None:
+    """KL(teacher || student) = TCKD + (1 - p_t) NCKD, whatever the logits."""
+    z_t, z_s, y = logits(b, c, seed, scale)
+    tckd, nckd, rest = decoupled(z_t, z_s, y, temperature)
+    kl = kd(z_s, z_t, temperature) / temperature**2
+    assert (tckd + rest * nckd).mean().item() == pytest.approx(kl.item(), rel=1e-8, abs=1e-13)
+
+
+def test_decoupled_refuses_a_single_class_and_other_shapes_and_has_a_gradient() -> None:
+    z_t, z_s, y = logits(3, 4, 2)
+    for t, s in ((z_t[:, :1], z_s[:, :1]), (z_t, z_s[:, :2])):
+        with pytest.raises(ValueError, match="of the same C >= 2"):
+            decoupled(t, s, y * 0)
+    decoupled(z_t[:, :2], z_s[:, :2], y * 0)
+    assert torch.autograd.gradcheck(
+        lambda s: sum(part.sum() for part in decoupled(z_t, s, y, 2.0)), z_s.requires_grad_()
+    )
+
+
+def test_decoupled_computes_in_float32_or_better() -> None:
+    z_t, z_s, y = logits(4, 30, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decoupled(z_t.bfloat16(), z_s.bfloat16(), y)
+    expected = decoupled(z_t.bfloat16().float(), z_s.bfloat16().float(), y)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and (a == b).all()
+
+
+def test_warm_up_rises_linearly_to_one() -> None:
+    assert [warm_up(e, 4) for e in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert warm_up(0, 0) == 1.0
 
 
 # -- attention maps ------------------------------------------------------------------------------

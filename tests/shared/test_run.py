@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from crrcd.config import Config
 from crrcd.train import load_student, train
 from shared.config import to_dict
+from shared.data.pipeline import Loader, Resident
 from shared.files import write_bytes, write_checkpoint
 from shared.models.recogniser import Recogniser
 from shared.phase import Phase
@@ -113,7 +114,50 @@ def test_a_resumed_run_ends_in_its_report_and_keeps_its_first_record(make_config
     train(replace(config, resume=str(run)))
     after = json.loads((run / "config.json").read_text())
     assert (run / "report.html").is_file() and len(after["resumed"]) == 1
+    first, steps = before.pop("steps"), after.pop("steps")
     assert all(after[key] == value for key, value in before.items())
+    assert steps["alone"] == first["alone"]  # of the process that did it
+    assert "crrcd" not in first and steps["crrcd"]["count"] == 16
+
+
+@pytest.mark.parametrize("stop", [0, 6])
+def test_a_phase_keeps_its_steps_and_their_median_time(make_config, stop: int) -> None:
+    """20 ms a step, half of them while the batch is loaded; not the scores, nor the checkpoints.
+
+    stop: the run was interrupted there, and the median is that of the steps done since.
+    """
+    config = make_config(checkpoint_seconds=0.0)
+    run = Run.start("crrcd", config)
+    run.note(steps={"alone": {"count": 5, "median_ms": 1.5}})
+    images = Resident(np.zeros((64, 3, 64, 64), np.uint8), np.arange(64) % 8)
+    model = torch.nn.Linear(1, 1)
+
+    class Slow(Loader):
+        def epoch(self, epoch: int, start: int = 0):
+            for batch in super().epoch(epoch, start):
+                time.sleep(0.01)
+                yield batch
+
+    def phase(run: Run, pause: float, until: int) -> None:
+        loader = Slow(images, config.data, 16, seed=0, device=run.device)
+        for batch in (found := run.phase(
+            "crrcd", {"model": model}, torch.optim.SGD(model.parameters(), 0.1), loader,
+            config.optim,
+        )):  # fmt: skip
+            time.sleep(pause + 0.5 * batch.last)  # a score at the end of an epoch of 4 steps
+            if found.step + 1 == until:
+                found.step += 1
+                found.save()
+                return
+
+    if stop:
+        phase(run, 0.2, stop)
+        assert "crrcd" not in json.loads((run.folder / "config.json").read_text())["steps"]
+        run = Run.start("crrcd", replace(config, resume=str(run.folder)))
+    phase(run, 0.01, 0)
+    steps = json.loads((run.folder / "config.json").read_text())["steps"]
+    assert steps["alone"] == {"count": 5, "median_ms": 1.5} and steps["crrcd"]["count"] == 16
+    assert 20 <= steps["crrcd"]["median_ms"] < 200
 
 
 def test_a_precision_settled_after_a_resume_is_recorded_and_kept(make_config) -> None:
@@ -288,8 +332,6 @@ def test_load_student_takes_lr_images_at_native_size(whole: Path) -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(make_config) -> None:
-    from shared.data.pipeline import Loader, Resident
-
     images = Resident(np.zeros((20, 3, 64, 64), np.uint8), np.arange(20))
     with pytest.raises(ValueError, match="a batch of 15 cannot be shared by 2 ranks"):
         Loader(images, make_config().data, 15, seed=0, device=torch.device("cpu"), world=2)

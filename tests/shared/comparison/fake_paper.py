@@ -1,4 +1,4 @@
-"""A paper whose training is a chain of hashes: a step depends on all before it and takes no time."""
+"""A paper whose training is a chain of hashes: a step needs all before it and takes no time."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from shared.comparison import page
 
@@ -71,8 +71,9 @@ def cells(score: float, name: str, group: str, rng: np.random.Generator) -> Reco
     return found
 
 
-def make(*resolutions: str) -> Record:
-    """A full record of made-up numbers, in the shape that compare.py leaves."""
+def make(*resolutions: str, drawn: int = 3) -> Record:
+    """A full record of made-up numbers, in the shape that compare.py leaves; of so many rows with
+    curves and trials, which take most of the time."""
     rng = np.random.default_rng(0)
     parts, curves, histograms = {}, {}, {}
     for at in resolutions or ("16",):
@@ -94,10 +95,11 @@ def make(*resolutions: str) -> Record:
                 rank = {"value": k, "low": max(1, k - 2), "high": min(18, k + 2)}
             tuning = tuned = None
             if group in page.RANKED and name != "none":
+                few = list(TRAINED).index(name) <= drawn
                 chosen = (1.0, 3.0, 0.3333)[len(name) % 3]
                 trial = {
                     m: {"value": score - 5 - 2 * abs(np.log(float(m) / chosen)), "seeds": [0, 1]}
-                    for m in ("0.3333", "1", "3")
+                    for m in ("0.3333", "1", "3")[: 3 if few else 1]
                 }
                 tuning = {"multipliers": trial, "chosen": chosen}
                 tuned = {"cells": cells(score + 0.7 * (chosen != 1), name, group, rng),
@@ -127,13 +129,14 @@ def make(*resolutions: str) -> Record:
         curves[at] = {
             n: {"seed": 0, "epochs": epochs,
                 "rank1": [(v[2] + shift) * (1 - 0.7 ** (e / 2)) for e in epochs]}
-            for n, v in TRAINED.items() if v[1] in page.RANKED
+            for n, v in list(TRAINED.items())[:drawn]
         }  # fmt: skip
         edges = np.linspace(-1, 1, 61)
         middle = (edges[1:] + edges[:-1]) / 2
 
         def bell(centre: float, x: np.ndarray = middle) -> list[float]:
-            return np.where(abs(x - centre) < 0.6, np.exp(-(((x - centre) / 0.18) ** 2)), 0).tolist()
+            high = np.exp(-(((x - centre) / 0.18) ** 2))
+            return np.where(abs(x - centre) < 0.6, high, 0).tolist()
 
         histograms[at] = {
             n: {"edges": edges.tolist(), "same": bell(0.3 + v / 200), "different": bell(0.05),
@@ -187,3 +190,280 @@ def put(folder: Path, record: Record) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(record))
     return folder
+
+
+class Page(HTMLParser):
+    """Elements and text of a page; fails on a tag that is closed out of order or not at all."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(content)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def lines_of(content: str) -> list[str]:
+    """The tables' rows as text."""
+    found = [x.replace("</th>", "|", 1) for x in content.split("\n") if x.startswith("<tr><th>")]
+    return [html.unescape(re.sub("<small>(?=[^<]*, 2019)|<.*?>", "|", x)) for x in found]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison at one resolution with its page."""
+    folder = put(tmp_path_factory.mktemp("compare"), make())
+    assert page.write(folder) == folder / "report.html"
+    return folder
+
+
+def bare(record: Record) -> Record:
+    """Without all that a record need not have: one seed, no interval, no cost, no extra part."""
+    for part in record["resolutions"].values():
+        part |= {"seeds": 1, "kendall": None}
+        for row in part["rows"].values():
+            row |= {"rank": None, "tuning": None, "tuned": None, "cost": None}
+            for cell in row["cells"].values():
+                cell |= {"low": None, "high": None, "minus": {}}
+    return record | {"claims": [], "curves": {}, "histograms": {}, "published": [], "exempt": {},
+                     "equal": {}, "made_by": {}}  # fmt: skip
+
+
+def test_page_needs_no_network_and_no_script(finished: Path) -> None:
+    content = (finished / "report.html").read_text()
+    for tag, attributes in Page(content).tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+        assert not any(name.startswith("on") for name in attributes)
+    assert "http:" not in content and "https:" not in content
+    assert "url(" not in content and "@import" not in content
+
+
+def test_every_number_of_the_record_stands_in_the_table(finished: Path) -> None:
+    record = make()
+    lines = lines_of((finished / "report.html").read_text())
+    for row in record["resolutions"]["16"]["rows"].values():
+        mine = (x for x in lines if row["title"] in x.split("|"))
+        shown = " ".join(" / ".join(mine).replace("|", " ").split())
+        for cells in (row["cells"], (row["tuned"] or {}).get("cells", {})):
+            for cell in cells.values():
+                assert "{value:.2f} [{low:.2f}, {high:.2f}]".format(**cell) in shown
+        for cell in row["cells"].values():
+            for gain in cell["minus"].values():
+                star = r"\*" if gain["holm"] <= 0.05 else "\N{PUNCTUATION SPACE}?"
+                found = re.escape("{value:+.2f}".format(**gain)) + star
+                interval = re.escape("[{low:+.2f}, {high:+.2f}]".format(**gain))
+                assert re.search(rf"{found}\s+{interval}", shown)
+        if row["rank"]:
+            assert "{value} [{low}, {high}]".format(**row["rank"]) in shown
+        if row["cost"]:
+            assert f"{row['cost']['step']:.2f}×" in shown
+            assert f"{row['cost']['whole']:.2f}×" in shown
+        if row["cells"]:
+            assert f"{row['parameters']:,}" in shown and f"{row['macs'] / 1e6:,.1f} M" in shown
+
+
+def test_a_row_far_outside_is_marked_at_the_edge_and_does_not_squeeze_the_others(
+    tmp_path: Path, finished: Path
+) -> None:
+    record = make()
+    record["resolutions"]["16"]["rows"]["cc"]["cells"]["rank1"] |= interval(0.3, 0.1)
+    content = page.write(put(tmp_path, record)).read_text()
+    assert "◀ ▶ beyond" in content and "◀ ▶" not in (finished / "report.html").read_text()
+    own = r'<circle class="own" cx="(.*?)%"'
+    left, right = (float(x) for x in sorted(re.findall(own, content.split("<h2>")[1]), key=float)[::4])
+    assert right - left > 10  # percent of the width
+
+
+def test_failed_rows_are_told_with_their_reason(finished: Path) -> None:
+    shown = Page((finished / "report.html").read_text()).text
+    assert "Diverged: loss is not finite at step 3: lower --optim.lr (10 seeds)" in shown
+    assert "AT: not finite: L_at at step 12 (seed 9)" in shown
+    for form in (page.text(make(), "16"), page.markdown(make(), "16")):
+        assert "loss is not finite at step 3" in form
+
+
+def test_findings_are_counted_from_the_record(finished: Path) -> None:
+    record = make()
+    rows = record["resolutions"]["16"]["rows"]
+    clear = [
+        c["minus"]["kd"]["value"] > 0 for n, r in rows.items()
+        if r["group"] in ("baseline", "paper") and n not in ("none", "kd") and r["cells"]
+        and (c := r["cells"]["rank1"])["minus"]["kd"]["holm"] <= 0.05
+    ]  # fmt: skip
+    shown = Page((finished / "report.html").read_text()).text
+    assert "Best rank-1: HORKD, 43.76" in shown and "its rank among 18 is 1 to 3" in shown
+    assert f"{sum(clear)} of 16 beats KD, {len(clear) - sum(clear)} fall short" in shown
+    assert "5 are tested here: 2 confirmed, 1 not confirmed, 2 contradicted" in shown
+
+
+@pytest.mark.parametrize("sizes", [("16",), ("8", "16", "32")])
+def test_headings_follow_the_parts_of_the_record(tmp_path: Path, sizes: tuple[str, ...]) -> None:
+    expected = ["Every row, sorted", "The papers’ claims", "Table",
+                "Accuracy against training cost", "Accuracy against resolution", "While they learn",
+                "Similarity of pairs", "Our order and the published one", "Tuning",
+                "What the papers print", "How this was made"]  # fmt: skip
+    content = page.write(put(tmp_path, make(*sizes))).read_text()
+    several = len(sizes) > 1
+    assert re.findall("<h2>(.*?)</h2>", content) == [
+        h for h in expected if several or h != "Accuracy against resolution"
+    ]
+    assert content.count(f"<h3>{sizes[-1]} px</h3>") == (7 if several else 0)
+
+
+def test_absent_parts_are_left_out(tmp_path: Path) -> None:
+    content = page.write(put(tmp_path, bare(make()))).read_text()
+    assert re.findall("<h2>(.*?)</h2>", content) == ["Every row, sorted", "Table",
+                                                     "How this was made"]  # fmt: skip
+    shown = Page(content).text
+    assert "Tuning" not in shown and "None" not in shown and "nan" not in shown
+    for form in (page.text(bare(make()), "16"), page.markdown(bare(make()), "16")):
+        assert "42.40" in form and "None" not in form and "nan" not in form
+
+
+def test_a_comparison_of_nothing_but_failures_is_told(tmp_path: Path) -> None:
+    record = bare(make())
+    for row in record["resolutions"]["16"]["rows"].values():
+        row |= {"cells": {}, "failed": {"0": "no memory"}, "parameters": None, "macs": None}
+    shown = Page(page.write(put(tmp_path, record)).read_text()).text
+    assert shown.count("no memory (seed 0)") == len(record["resolutions"]["16"]["rows"])
+
+
+def test_names_from_the_record_cannot_break_the_page(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script>&amp;$\\frac{|'
+    record = make()
+    rows = record["resolutions"]["16"]["rows"]
+    rows["kd"] |= {"title": evil, "source": evil}
+    rows["diverged"]["failed"] = {"0": evil}
+    rows["at"]["tuned"]["failed"] = {"0": evil}
+    record |= {"recipe": evil, "made_by": {evil: [evil]}, "equal": {evil: evil}}
+    record["exempt"] = {"kd": {evil: evil}}
+    record["columns"] = {"rank1": evil, "verification": evil}
+    for part in record["claims"] + record["published"]:
+        part |= {key: evil for key in ("claim", "source", "paper", "recipe", "what", "published",
+                                       "ours", "today", "note") if key in part}  # fmt: skip
+    content = page.write(put(tmp_path, record)).read_text()
+    parsed = Page(content)
+    assert "<script" not in content and "script" not in [tag for tag, _ in parsed.tags]
+    assert parsed.text.count(evil) > 20  # as text it is shown as it is
+
+
+@pytest.mark.parametrize("cut", ["markdown", "claims"])
+def test_markdown_has_a_line_for_each_with_equal_columns(cut: str) -> None:
+    record = make()
+    record["resolutions"]["16"]["rows"]["at"]["title"] = "a | b\nc"
+    if cut == "markdown":
+        lines = page.markdown(record, "16").split("\n")
+        names = [row["title"] for row in record["resolutions"]["16"]["rows"].values()]
+    else:
+        lines = page.markdown_claims(record).split("\n")
+        names = [claim["claim"] for claim in record["claims"]]
+    assert len({line.count("|") for line in lines}) == 1
+    firsts = [line.split("|")[1].strip() for line in lines[2:]]
+    assert firsts == [" ".join(name.split()).replace("|", "/") for name in names]
+
+
+def test_markdown_marks_what_holm_leaves() -> None:
+    record = make()
+    for line, row in zip(page.markdown(record, "16").split("\n")[2:],
+                         record["resolutions"]["16"]["rows"].values(), strict=True):  # fmt: skip
+        minus = row["cells"]["rank1"]["minus"] if row["cells"] else {}
+        against = [minus.get(other) for other in ("none", "kd")]
+        assert line.count("**") == 2 * sum(g["holm"] <= 0.05 for g in against if g)
+
+
+def test_text_fits_a_terminal_and_is_aligned() -> None:
+    record = make()
+    rows = record["resolutions"]["16"]["rows"]
+    rows["vid"]["title"] = "a title that is much longer than a terminal has room for " * 3
+    rows["diverged"]["failed"] = {"0": "a reason " * 40}
+    lines = page.text(record, "16").split("\n")
+    assert max(map(len, lines)) <= 140
+    table = lines[2 : 2 + len(rows)]
+    assert len({line.index(" [") for line in table if " [" in line}) == 1  # all of two digits
+    kd = next(line.split() for line in table if line.startswith("KD "))
+    assert kd[1:4] == ["42.40", "[41.70,", "43.10]"] and kd[4] == "+5.50*"
+
+
+def test_same_record_gives_the_same_bytes(tmp_path: Path, finished: Path) -> None:
+    again = page.write(put(tmp_path, make()))
+    for name in ("report.html", "comparison.md"):
+        assert (again.parent / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: path.unlink(), "no comparison here"),
+        (lambda path: path.write_text(path.read_text()[:999]), "not readable as JSON"),
+        (lambda path: path.write_text('{"schema": 99}'), "schema 99, this code reads 1"),
+    ],
+)
+def test_unreadable_record_is_refused_in_one_line(
+    tmp_path: Path, damage: Callable[[Path], Any], told: str
+) -> None:
+    folder = put(tmp_path, make())
+    (folder / "report.html").write_text("old")
+    damage(folder / "comparison.json")
+    with pytest.raises(ValueError, match=told) as caught:
+        page.write(folder)
+    assert "\n" not in str(caught.value) and "comparison.json" in str(caught.value)
+    assert (folder / "report.html").read_text() == "old"
+
+
+def test_labels_beside_a_plot_do_not_overlap() -> None:
+    figure, axes = page._wide(20)
+    points = [(1.0 + k / 50, 40 + (k % 3) / 100, f"row {k}", "k") for k in range(20)]
+    axes.plot([x for x, *_ in points], [y for _, y, *_ in points], "o")
+    page._labelled(figure, axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in axes.texts]  # without their hairlines
+    heights = sorted((box.y0, box.y1) for box in boxes)
+    assert len(heights) == 20
+    assert all(top <= bottom for (_, top), (bottom, _) in zip(heights, heights[1:], strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_browser_logs_no_error_and_page_does_not_scroll_sideways(
+    tmp_path: Path, finished: Path, width: int
+) -> None:
+    """The second page shows the first in a frame so wide, which tells how wide it came out."""
+    probe = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
+    content = (finished / "report.html").read_text().replace("</body>", probe)
+    content = content.replace("default-src", "script-src 'unsafe-inline'; default-src")
+    (tmp_path / "probe.html").write_text(content)
+    (tmp_path / "frame.html").write_text(
+        "<script>onmessage = event => document.title = event.data</script><h1></h1>"
+        f'<iframe src="probe.html" style="width:{width}px;border:0"></iframe>'
+    )
+    for path in (finished / "report.html", tmp_path / "frame.html"):
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+             path.as_uri()],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert "<h1>" in done.stdout and "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(\d+)</title>", done.stdout)
+    assert found and int(found[1]) <= width

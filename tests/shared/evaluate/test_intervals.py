@@ -9,11 +9,15 @@ from shared.evaluate import intervals
 from shared.evaluate.intervals import (
     bootstrap,
     compare,
+    compare_seeds,
     holm,
+    kendall,
     mean_interval,
     paired,
     paired_p,
     paired_seeds,
+    paired_seeds_p,
+    ranks,
 )
 
 
@@ -144,6 +148,138 @@ def test_two_way_bootstrap_sees_seeds_and_items():
         assert interval.high == pytest.approx(alone.high, abs=0.08 * width)
 
 
+def two_way_means(values, groups, resamples, rng):
+    """Plain loops: [resamples, K] means of values [K, S, N], one draw for all K."""
+    people, seeds = np.unique(groups), values.shape[1]
+    means = []
+    for _ in range(resamples):
+        drawn, names = rng.integers(seeds, size=seeds), rng.choice(people, size=len(people))
+        items = np.concatenate([np.flatnonzero(groups == g) for g in names])
+        means.append([np.mean([one[s, items] for s in drawn]) for one in values])
+    return np.array(means)
+
+
+def methods(seed=12):
+    """[5, 3, 40] scores of methods that share people and seeds, and their groups."""
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, 8, size=40)
+    shared = rng.normal(size=8)[groups] + rng.normal(size=(3, 1))
+    own = np.linspace(0, 0.6, 5)[:, None, None] + 0.8 * rng.normal(size=(5, 3, 40))
+    return own + shared, groups
+
+
+def test_p_over_seeds_matches_plain_loops():
+    values, groups = methods()
+    for k in range(1, 5):
+        drawn = two_way_means(values[[k, 0]], groups, 1500, np.random.default_rng(k))
+        d = (values[k] - values[0]).mean()
+        expected = np.mean(np.abs(drawn[:, 0] - drawn[:, 1] - d) >= abs(d))
+        p = paired_seeds_p(values[k], values[0], groups, resamples=5000)
+        assert p == pytest.approx(expected, abs=0.04)
+
+
+def test_interval_and_p_over_seeds_come_from_one_draw():
+    values, groups = methods()
+    both = compare_seeds(values[3], values[0], groups, seed=4)
+    assert both == (
+        paired_seeds(values[3], values[0], groups, seed=4),
+        paired_seeds_p(values[3], values[0], groups, seed=4),
+    )
+    assert paired_seeds_p(values[1], values[1], groups) == 1
+    assert paired_seeds_p(values[1] + 9, values[1], groups, resamples=999) == 1 / 1000
+
+
+def test_over_seeds_the_truth_is_covered_and_the_null_rarely_rejected():
+    # The truth is over new seeds and new people: 0 for the mean of both effects.
+    rng = np.random.default_rng(13)
+    groups, covered, rejected = np.repeat(np.arange(40), 3), 0, 0
+    for trial in range(200):
+        people, seeds = rng.normal(size=40)[groups], 0.15 * rng.normal(size=(8, 1))
+        noise = 0.5 * rng.normal(size=(8, 120))
+        interval, p = compare_seeds(people + seeds + noise, np.zeros((8, 120)), groups,
+                                    resamples=400, seed=trial)  # fmt: skip
+        covered += interval.low <= 0 <= interval.high
+        rejected += p <= 0.05
+    assert 0.89 <= covered / 200 <= 0.99 and 0.01 <= rejected / 200 <= 0.11
+
+
+def test_ranks_match_plain_loops():
+    values, groups = methods()
+    found = ranks(values, groups, resamples=8000, level=0.8)
+    drawn = two_way_means(values, groups, 1500, np.random.default_rng(0))
+    means = values.mean(axis=(1, 2))
+    for k, interval in enumerate(found):
+        assert interval.mean == 1 + sum(m > means[k] for m in means)
+        places = 1 + (drawn > drawn[:, [k]]).sum(axis=1)
+        # a quantile of whole numbers may sit on an edge: it must be one of its neighbours'
+        for share, bound in ((0.1, interval.low), (0.9, interval.high)):
+            near = np.quantile(places, [share - 0.05, share + 0.05])
+            assert near[0] <= bound <= near[1]
+
+
+def test_equal_means_share_their_mean_rank():
+    x = np.random.default_rng(14).random((3, 30)) < 0.5
+    found = ranks(np.stack([x, x, x | True, x & False]))
+    assert [one.mean for one in found] == [2.5, 2.5, 1, 4]
+    assert all(one.low == one.mean == one.high for one in found)  # equal in every resample too
+
+
+def test_what_methods_share_does_not_blur_their_ranks():
+    # Seeds and people differ by far more than the two methods do, who are otherwise alike.
+    rng = np.random.default_rng(15)
+    shared = rng.normal(size=(6, 1)) + rng.normal(size=(1, 50))
+    better, worse = ranks(np.stack([shared + 0.01, shared]))
+    assert better == intervals.Interval(1, 1, 1) and worse == intervals.Interval(2, 2, 2)
+
+
+def test_kendall_matches_plain_loops():
+    values, groups = methods()
+    reference = np.array([0.1, 0.5, 0.3, 0.5, 0.9])  # two of them tied
+    found, p = kendall(values, groups, reference, resamples=8000, level=0.8)
+    means = values.mean(axis=(1, 2))
+
+    def tau_b(x, y):
+        concordant = ties_x = ties_y = 0
+        for i in range(len(x)):
+            for j in range(i):
+                concordant += np.sign(x[i] - x[j]) * np.sign(y[i] - y[j])
+                ties_x += x[i] == x[j]
+                ties_y += y[i] == y[j]
+        pairs = len(x) * (len(x) - 1) / 2
+        return concordant / np.sqrt((pairs - ties_x) * (pairs - ties_y))
+
+    assert found.mean == pytest.approx(tau_b(means, reference))
+    assert p == stats.kendalltau(means, reference).pvalue
+    drawn = two_way_means(values, groups, 800, np.random.default_rng(1))
+    taus = [tau_b(row, reference) for row in drawn]
+    for share, bound in ((0.1, found.low), (0.9, found.high)):
+        low, high = np.quantile(taus, [share - 0.06, share + 0.06])
+        assert low - 1e-9 <= bound <= high + 1e-9
+
+
+def test_kendall_is_one_for_the_same_order_and_minus_one_for_the_other():
+    x = np.random.default_rng(16).random((4, 40)) < 0.5
+    values = np.stack([x & False, x, x | True]) * 100.0
+    assert kendall(values, None, [1, 2, 3])[0] == intervals.Interval(1, 1, 1)
+    assert kendall(values, None, [3, 2, 1])[0] == intervals.Interval(-1, -1, -1)
+
+
+def test_joint_resamples_of_a_whole_comparison_take_seconds_and_chunks_little_memory(monkeypatch):
+    monkeypatch.setattr(intervals, "DRAWS_AT_ONCE", 20_000)
+    values = np.random.default_rng(17).random((40, 10, 2000)) < 0.5
+    groups = np.arange(2000) // 2
+    seen = []
+    drawn = intervals._times
+
+    def watched(*args):
+        seen.append(drawn(*args).size)
+        return drawn(*args)
+
+    monkeypatch.setattr(intervals, "_times", watched)
+    assert len(ranks(values, groups)) == 40
+    assert max(seen) <= 20_000
+
+
 def test_mean_interval_is_student_t():
     x = [71.2, 70.8, 71.9, 71.4]
     interval = mean_interval(x)
@@ -186,6 +322,10 @@ def test_holm_rejects_as_the_step_down_procedure_does(p):
         (lambda: paired([1.0, 2.0], [1.0]), "same items"),
         (lambda: paired_seeds(np.ones((1, 4)), np.ones((1, 4))), "use paired"),
         (lambda: paired_seeds(np.ones(4), np.ones(4)), "needs \\[S, N\\]"),
+        (lambda: ranks(np.ones((2, 4))), "needs \\[K, S, N\\]"),
+        (lambda: ranks(np.ones((2, 1, 4))), "needs at least 2"),
+        (lambda: kendall(np.ones((2, 2, 4)), None, [1.0]), "one for each of 2"),
+        (lambda: kendall(np.ones((2, 2, 4)), None, [1.0, 2.0]), "nothing to order"),
         (lambda: mean_interval([1.0]), "at least 2 seeds"),
         (lambda: holm([1.5]), "must lie in"),
     ],
