@@ -116,7 +116,8 @@ class Cosine(Method):
         self.project = _projector(sizes)
 
     def forward(self, seen: Seen) -> Tensor:
-        return losses.cosine(self.project(at_least_float32(seen.e_s)), seen.e_t)
+        with without_autocast(seen.e_s):
+            return losses.cosine(self.project(at_least_float32(seen.e_s)), seen.e_t)
 
 
 class KD(Method):

@@ -157,7 +157,8 @@ def text(record: dict[str, Any], resolution: str) -> str:
         f"{found['identities']:,} identities; * Holm p <= {LEVEL:g}; step, whole: times the "
         "student alone"
     )
-    return "\n".join([*(x.rstrip() for x in aligned(lines)), "", *textwrap.wrap(about, WIDTH), *notes])
+    table = [line.rstrip() for line in aligned(lines)]
+    return "\n".join([*table, "", *textwrap.wrap(about, WIDTH), *notes])
 
 
 def _piped(cells: Sequence[str]) -> str:
@@ -500,8 +501,8 @@ def _strips(
             f'<div class="label">{label}</div><svg aria-hidden="true">{ground}{shapes}</svg>'
             f'<div class="value">{value}</div>\n'
         )
-    far = any(not low <= cell["value"] <= high for _, marks, _ in lines for cell, _ in marks if cell)
-    unit += "; ◀ ▶ beyond" * far
+    if "◀<" in text or "▶<" in text:
+        unit += "; ◀ ▶ beyond"
     names = "".join(f'<text x="{x(t)}" y="13" text-anchor="middle">{t:g}</text>' for t in ticks)
     return (
         f'<div class="strips">\n{text}<div class="label"></div><svg class="axis" aria-hidden="true"'
@@ -650,8 +651,8 @@ def _made(record: dict[str, Any]) -> str:
 def _each(record: dict[str, Any], draw: Callable[[dict[str, Any], str], str]) -> str:
     """A part for every resolution, headed where there are several."""
     parts = {at: draw(record, at) for at in record["resolutions"]}
-    several = len(record["resolutions"]) > 1
-    return "".join(f"<h3>{escape(at)} px</h3>\n" * several + text for at, text in parts.items() if text)
+    heading = "<h3>{} px</h3>\n" if len(parts) > 1 else ""
+    return "".join(heading.format(escape(at)) + text for at, text in parts.items() if text)
 
 
 def _wide(lines: int) -> tuple[Figure, Axes]:

@@ -203,7 +203,9 @@ def summarise(
                 row = next(row for row in here if row.name == name)
                 best[name] = _trained(base / "tuned" / row.job, row, seeds, items)
         default = _table(here, view, reference, second, headline)
-        tuned = _table(here, best, reference, second, headline)
+        searched = [row for row in here if row.tuned or row.group in COMPARED]
+        searched = searched if any(tuning.values()) else []
+        tuned = _table(searched, best, reference, second, headline)
         alone = next((row for row in here if row.name == reference), None)
         lines = {}
         for row in here:

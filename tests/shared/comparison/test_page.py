@@ -289,9 +289,9 @@ def test_a_row_far_outside_is_marked_at_the_edge_and_does_not_squeeze_the_others
     record["resolutions"]["16"]["rows"]["cc"]["cells"]["rank1"] |= interval(0.3, 0.1)
     content = page.write(put(tmp_path, record)).read_text()
     assert "◀ ▶ beyond" in content and "◀ ▶" not in (finished / "report.html").read_text()
-    own = r'<circle class="own" cx="(.*?)%"'
-    left, right = (float(x) for x in sorted(re.findall(own, content.split("<h2>")[1]), key=float)[::4])
-    assert right - left > 10  # percent of the width
+    forest = content.split("<h2>")[1].split("<h4>")[0]
+    places = [float(x) for x in re.findall('<circle class="own" cx="(.*?)%"', forest)]
+    assert len(places) == 5 and max(places) - min(places) > 10  # percent of the width
 
 
 def test_failed_rows_are_told_with_their_reason(finished: Path) -> None:

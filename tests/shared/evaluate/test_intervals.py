@@ -264,7 +264,7 @@ def test_kendall_is_one_for_the_same_order_and_minus_one_for_the_other():
     assert kendall(values, None, [3, 2, 1])[0] == intervals.Interval(-1, -1, -1)
 
 
-def test_joint_resamples_of_a_whole_comparison_take_seconds_and_chunks_little_memory(monkeypatch):
+def test_joint_resamples_of_a_whole_comparison_are_drawn_in_small_chunks(monkeypatch):
     monkeypatch.setattr(intervals, "DRAWS_AT_ONCE", 20_000)
     values = np.random.default_rng(17).random((40, 10, 2000)) < 0.5
     groups = np.arange(2000) // 2
