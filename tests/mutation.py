@@ -112,6 +112,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "1 -> 2",
     ): "both orders of a pair are counted: there are none, or two and more",
     (
+        "baselines.losses",
+        "hard = (unit(own) * t).sum(1, keepdim=True).clamp(1e-6, 1)",
+        "1 -> 2",
+    ): "a cosine is above 1 by rounding only",
+    (
+        "baselines.losses",
+        "alpha = ((s * t).sum(1, keepdim=True) * hard).clamp(1e-6, 1)",
+        "1 -> 2",
+    ): "a cosine is above 1 by rounding only",
+    (
         "shared.baselines",
         "total = 0 * (d_s.sum() + at_least_float32(e_t.detach()).sum())",
         "Add -> Sub",

@@ -92,25 +92,33 @@ def markdown(record: dict[str, Any], resolution: str) -> str:
     A difference is bold where its p-value after Holm's correction is .05 or less.
     """
     first, second = record["reference"], record["second"]
-    head = ["", _heading(record), f"− {first}", f"− {second}", "tuned", "rank", "step", "whole",
-            "parameters", "MACs"]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
-    for row in record["resolutions"][resolution]["rows"].values():
-        cell = _cell(row, record["headline"])
-        if cell is None:
-            lines.append([row["title"], f"failed: {_failures(row)}", *[""] * (len(head) - 2)])
-            continue
-        line = [row["title"], _interval(cell)]
-        for other in (first, second):
-            gain = cell.get("minus", {}).get(other)
-            shown = _interval(gain, "+.2f") if gain else ""
-            value, *interval = shown.split(" ", 1)
-            line.append(" ".join([f"**{value}**", *interval]) if gain and _clear(gain) else shown)
-        tuned = _cell(row.get("tuned"), record["headline"])
-        line += ["" if tuned is None else f"{tuned['value']:.2f}", _rank(row)]
-        line += [_times(row, "step"), _times(row, "whole"), *_size(row)]
-        lines.append(line)
-    return "\n".join(_piped(line) for line in lines)
+    found, text = record["resolutions"][resolution], []
+    for part, rows in _parts(record, resolution).items():
+        others = [first, second] if not part else ["its own reference"]
+        head = ["", _heading(record), *(f"− {other}" for other in others)]
+        head += ["tuned", "rank", "step", "whole", "parameters", "MACs"] if not part else []
+        lines = [head, ["---"] * len(head)]
+        for row in rows.values():
+            cell = _cell(row, record["headline"])
+            if cell is None:
+                lines.append([row["title"], _state(row), *[""] * (len(head) - 2)])
+                continue
+            line = [row["title"], _interval(cell) + _some(row, found)]
+            for other in others if not part else [row["against"]]:
+                gain = cell.get("minus", {}).get(other)
+                shown = _interval(gain, "+.2f") if gain else ""
+                value, *interval = shown.split(" ", 1)
+                if gain and _clear(gain):
+                    shown = " ".join([f"**{value}**", *interval])
+                line.append(shown)
+            if not part:
+                tuned = _cell(row.get("tuned"), record["headline"])
+                line += ["" if tuned is None else f"{tuned['value']:.2f}", _rank(row)]
+                line += [_times(row, "step"), _times(row, "whole"), *_size(row)]
+            lines.append(line)
+        text += [f"{OTHER_ITEMS[part]}:", ""] if part else []
+        text += [*(_piped(line) for line in lines), ""]
+    return "\n".join(text).rstrip()
 
 
 def markdown_claims(record: dict[str, Any]) -> str:
@@ -136,15 +144,17 @@ def text(record: dict[str, Any], resolution: str) -> str:
     lines = [["", f"{_heading(record)} [95 %]"[:28], f"- {first}"[:12], f"- {second}"[:12], "tuned",
               "rank", "step", "whole", "parameters", "MACs"]]  # fmt: skip
     notes = []
-    for row in found["rows"].values():
+    for part, row in ((part, r) for part, rows in _parts(record, resolution).items()
+                      for r in rows.values()):  # fmt: skip
         cell = _cell(row, record["headline"])
-        title = _plain(row["title"], 30)
+        title = _plain(row["title"], 30) + (f" ({part})" if part else "")
         if row.get("failed"):
             notes.append(_plain(f"{title}: {_failures(row)}", WIDTH))
         if cell is None:
-            lines.append([title, "failed", *[""] * 8])
+            lines.append([title, "failed" if row.get("failed") else "not run", *[""] * 8])
             continue
-        gains = [cell.get("minus", {}).get(other) for other in (first, second)]
+        others = (first, second) if not part else (row["against"], "")
+        gains = [cell.get("minus", {}).get(other) for other in others]
         tuned = _cell(row.get("tuned"), record["headline"])
         lines.append([
             title, _interval(cell),
@@ -179,6 +189,29 @@ def _cell(row: dict[str, Any] | None, column: str) -> dict[str, Any] | None:
     """A row's (or its tuned twin's) cell; None where it failed or was not scored so."""
     cell = (row or {}).get("cells", {}).get(column)
     return cell if cell and cell.get("value") is not None else None
+
+
+def _parts(record: dict[str, Any], at: str) -> dict[str, dict[str, Any]]:
+    """The rows by what they were scored on: "" for the comparison's own test images."""
+    rows = record["resolutions"][at]["rows"]
+    found = {
+        part: {n: row for n, row in rows.items()
+               if (row["group"] if row["group"] in OTHER_ITEMS else "") == part}
+        for part in ("", *OTHER_ITEMS)
+    }  # fmt: skip
+    column = record["headline"]
+    return {k: v for k, v in found.items() if not k or any(_cell(r, column) for r in v.values())}
+
+
+def _state(row: dict[str, Any]) -> str:
+    """Why a row has no score."""
+    return f"failed: {_failures(row)}" if row.get("failed") else "not run"
+
+
+def _some(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """How many seeds, of a row that has fewer than others."""
+    done, most = len(row.get("seeds") or ()), found["seeds"]
+    return f" ({done} of {most} seeds)" if done < most else ""
 
 
 def _rows(record: dict[str, Any], at: str, groups: Iterable[str] = RANKED) -> dict[str, Any]:
@@ -527,7 +560,7 @@ def _tables(record: dict[str, Any], at: str) -> str:
     failed = "".join(
         f"<li><b>{escape(row['title'])}</b>: {escape(_failures(row))}</li>\n"
         for row in found["rows"].values()
-        if row.get("failed") or not _cell(row, record["headline"])
+        if row.get("failed")
     )
     failed += "".join(
         f"<li><b>{escape(row['title'])}, tuned</b>: {escape(_failures(row['tuned']))}</li>\n"
@@ -556,18 +589,23 @@ def _table(record: dict[str, Any], at: str, column: str) -> str:
             f"minus {second}", "tuned (%)", f"tuned, minus {second}"]  # fmt: skip
     if full:
         head += ["tuned rank", "weight ×", "step", "whole training", "parameters", "MACs"]
-    body = []
-    for name, row in record["resolutions"][at]["rows"].items():
+    body: list[list[str]] = []
+    rows = [(name, row) for part in _parts(record, at).values() for name, row in part.items()]
+    for name, row in rows:
         colour = _colour(record, name, row).replace(INK, "var(--ink)")
         label = f'<i style="background:{colour}"></i>{escape(row["title"])}'
         if source := row.get("source"):
             label += f"<small>{escape(source)}</small>"
+        if row["group"] in OTHER_ITEMS:
+            label += f"<small>{OTHER_ITEMS[row['group']].lower()}</small>"
         cell, tuned = _cell(row, column), _cell(row.get("tuned"), column)
         if cell is None:
-            why = "failed" if row.get("failed") else "not scored"
+            why = "failed" if row.get("failed") else "not run"
             body.append([label, f"<small>{why}</small>", *[""] * (len(head) - 2)])
             continue
         mean, gain = _small(cell), _gain(cell, first)
+        if few := _some(row, record["resolutions"][at]):
+            mean += f"<small>{few}</small>"
         if lost := row.get("failed"):
             mean += f"<br><small>{_count(len(lost), 'seed')} failed</small>"
         if not gain and (to := row.get("against")) in cell.get("minus", {}):
@@ -855,8 +893,7 @@ def _order(record: dict[str, Any], at: str) -> str:
     p = f", p {_p(found['p'])}" if found.get("p") is not None else ""
     told = (
         f"Kendall’s τ of our order with {found.get('label') or 'the published one'}: "
-        f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]{p}; 1 is the same order, "
-        "-1 the reverse."
+        f"{_interval(found)}{p}; 1 is the same order, -1 the reverse."
     )
     alt = f"Ranks of {len(names)} methods, published and here"
     return f'<p>{escape(told)}</p>\n<div class="one">{_image(figure, alt)}</div>\n'

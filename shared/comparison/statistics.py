@@ -223,7 +223,7 @@ def summarise(
                 "cost": _cost(folder, base, row, alone),
             }
         parts[str(lr)] = {
-            "seeds": seeds,
+            "seeds": max(len(one.seeds) for one in view.values()),
             "identities": len(np.unique(items["", headline][1])) if ("", headline) in items else 0,
             "rows": lines,
             "kendall": _kendall(here, view, headline, label),
