@@ -332,7 +332,9 @@ def setting(recipe: str, root: str) -> Setting:
     shared = baselines.config.members(known["table1"])[0]
     shared = replace(shared, data=replace(shared.data, root=root))
     no_people = ("adadistill", "btnet", "horkd")  # HORKD: both networks see 32 px, no assistant
-    return Setting(shared, {"top1": "top1"}, 3, left_out=no_people, resolution=shared.data.lr)
+    # no development split to search on
+    return Setting(shared, {"top1": "top1"}, 3, tuning_seeds=(), left_out=no_people,
+                   resolution=shared.data.lr)  # fmt: skip
 
 
 def config_of(
@@ -560,13 +562,14 @@ def main() -> int:
 
         for lr in lrs:
             stage(f"students of {lr} px", comparison.main(lr))
-        if not args.no_tuning:
+        if comparison.setting.tuning_seeds and not args.no_tuning:
             default, *others = comparison.setting.multipliers
             stage("trials, default weights", comparison.trials(lrs[0], [default]))
             stage("trials, other weights", comparison.trials(lrs[0], others))
             stage("students with the weights found", comparison.tuned(lrs[0]))
-        # one at a time: they are measured
-        stage("training steps, timed", comparison.timing(lrs[0]), workers=1)
+        # one at a time, for they are measured; a smoke run measures nothing
+        alone = args.jobs if args.recipe == "smoke" else 1
+        stage("training steps, timed", comparison.timing(lrs[0]), workers=alone)
 
     setting = comparison.setting
     there = [lr for lr in range(1, setting.shared.data.hr + 1) if (folder / f"{lr}px").is_dir()]

@@ -99,10 +99,8 @@ def crd(
     The paper's critic has no Z; its code divides by one, m times the mean of e^(cos / tau) in the
     first batch, and adds 1e-7 where logarithms need nothing.
     """
-    losses = [
-        nce(*side, tau=tau, m=m, log_z=z) for side, z in zip((student, teacher), log_z, strict=True)
-    ]
-    return losses[0] + losses[1]
+    z_s, z_t = log_z
+    return nce(*student, tau=tau, m=m, log_z=z_s) + nce(*teacher, tau=tau, m=m, log_z=z_t)
 
 
 def crcd(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from baselines.model import KD, METHODS, Seen, sizes
 from torch import Tensor, nn
 
 from baselines.config import ABOUT, NAME, RECIPES, Config, arms, members
+from baselines.model import KD, METHODS, Seen, sizes
 from shared import cli, optim, report, results, teacher
 from shared.config import locate
 from shared.data.pipeline import Loader

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -93,6 +94,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, preload: Sequence[str] = ()) 
     stopped: list[int] = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *preload, *{job.train.__module__ for job in waiting}])
+    resource_tracker.ensure_running()  # its start would unblock what is blocked below
     progress = _Progress(jobs, waiting, workers)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -113,6 +115,8 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, preload: Sequence[str] = ()) 
                     with _blocked():
                         process.start()
                         running.append(_Running(job, process, time.monotonic(), whole))
+                    if stopped:  # by another thread's ears, before `running` had it
+                        process.terminate()
                 wait([one.process.sentinel for one in running], timeout=0.5)
                 for one in [one for one in running if not one.process.is_alive()]:
                     running.remove(one)

@@ -240,6 +240,19 @@ def test_a_signal_ends_all_jobs_and_the_same_call_goes_on(
     assert results(folder) == whole
 
 
+def test_ctrl_c_while_the_first_job_is_being_started(tmp_path: Path, trace: Path) -> None:
+    """The process that forks the jobs is importing modules then, and must not die of it."""
+    folder = tmp_path / "runs"
+    process = script(folder, trace)
+    until(folder.exists)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in told, told
+    assert told.endswith("stopped, 0 of 6 runs are finished; the same command goes on\n")
+    assert not alive(trace)
+
+
 def test_jobs_end_when_the_calling_process_is_killed(tmp_path: Path, trace: Path) -> None:
     process = script(tmp_path / "runs", trace)
     until(lambda: len(set(happened(trace, "step-0"))) > 1)
