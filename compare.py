@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -455,7 +456,7 @@ class Comparison:
             }  # fmt: skip
             config = replace(config, data=replace(config.data, test=people),
                              evaluate_every=TIMED_EPOCHS, **short)  # fmt: skip
-            found.append(self.job(f"timing/{name}", part, config, 2 * part.cost))
+            found.append(self.job(f"{lr}px/timing/{name}", part, config, 2 * part.cost))
         return found
 
     def rows(self) -> list[Row]:
@@ -546,6 +547,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def written(record: Mapping[str, Any]) -> str:
+    """The record as JSON, a list of numbers on one line."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
+
+
 def main() -> int:
     args = arguments()
     comparison = Comparison(args)
@@ -579,11 +586,11 @@ def main() -> int:
         headline=next(iter(setting.columns)), label="CIFAR-100, Table I of CRRCD",
     )  # fmt: skip
     record["published"] = published(locate("runs"))
-    write_text(folder / "comparison.json", json.dumps(record, indent=1))
-    written = page.write(folder)
+    write_text(folder / "comparison.json", written(record))
+    html = page.write(folder)
     for lr in lrs:
         print(page.text(record, str(lr)))
-    print(f"written to {written}")
+    print(f"written to {html}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -5,7 +5,7 @@ A comparison's folder holds, for students of LR px,
     <LR>px/<job>/seed-<s>/                  a run: config.json, results.json, arrays.npz, ...
     <LR>px/tuning/<job>/x<m>/seed-<s>/      trials: weights times m, scored on development faces
     <LR>px/tuned/<job>/seed-<s>/            where the chosen m is not 1
-    timing/<job>/                           a short run of the row and the student alone
+    <LR>px/timing/<job>/                    a short run of the row and the student alone
 A run that failed has a failed.txt of one line. The record depends on the finished runs alone, not
 on when or in what order they were made.
 """
@@ -220,7 +220,7 @@ def summarise(
                 **default[row.name],
                 "tuning": tuning.get(row.name),
                 "tuned": tuned.get(row.name) if row.tuned else None,
-                "cost": _cost(folder, base, row, alone),
+                "cost": _cost(base, row, alone),
             }
         parts[str(lr)] = {
             "seeds": max(len(one.seeds) for one in view.values()),
@@ -536,13 +536,13 @@ def _tuning(
     return {"multipliers": found, "chosen": choose(base, row, multipliers, seeds)}
 
 
-def _cost(folder: Path, base: Path, row: Row, alone: Row | None) -> dict[str, float] | None:
+def _cost(base: Path, row: Row, alone: Row | None) -> dict[str, float] | None:
     """Times the student alone: a step, and the whole training with what it needs first.
 
     Step times are of the short timing run, where the row and its floor follow one another in one
     process; numbers of steps are of seed 0's full runs; alone: the row of the student alone.
     """
-    files = [folder / "timing" / row.job, base / row.job / "seed-0"]
+    files = [base / "timing" / row.job, base / row.job / "seed-0"]
     files += [base / alone.job / "seed-0"] if alone else []
     if not row.phases or not alone or not alone.phases:
         return None

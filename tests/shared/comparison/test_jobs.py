@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,17 +51,29 @@ def results(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): json.loads(p.read_text())["value"] for p in paths}
 
 
-def script(folder: Path, trace: Path) -> subprocess.Popen:
-    """Six jobs, two at a time, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from tests.shared.comparison.fake_paper import main; main()",
-         str(folder), str(trace), "2"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture
+def script(trace: Path) -> Iterator[Callable[[Path], subprocess.Popen]]:
+    """Starts a process group of its own that runs six jobs, two at a time."""
+    started = []
+
+    def start(folder: Path) -> subprocess.Popen:
+        call = "from tests.shared.comparison.fake_paper import main; main()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", call, str(folder), str(trace), "2"],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
-def until(condition, seconds: float = 300) -> None:
+def until(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -203,14 +217,13 @@ def test_a_folder_without_a_record_starts_anew(tmp_path: Path, trace: Path, whol
 
 
 def test_kill_9_of_all_and_a_second_call_end_as_if_nothing_had_happened(
-    tmp_path: Path, trace: Path, whole
+    tmp_path: Path, trace: Path, whole, script
 ) -> None:
     folder = tmp_path / "runs"
-    process = script(folder, trace)
+    process = script(folder)
     until(lambda: happened(trace, "ended") and happened(trace, "step-1")[2:])
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(300)
-    process.stdout.close(), process.stderr.close()
     assert 0 < len(happened(trace, "ended")) < 6
     until(lambda: not alive(trace))
     assert run_jobs(fake.make(folder, trace, pause=0.1), workers=2) == {}
@@ -223,14 +236,14 @@ def test_kill_9_of_all_and_a_second_call_end_as_if_nothing_had_happened(
     ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)]
 )
 def test_a_signal_ends_all_jobs_and_the_same_call_goes_on(
-    tmp_path: Path, trace: Path, whole, number: int, to_all: bool
+    tmp_path: Path, trace: Path, whole, script, number: int, to_all: bool
 ) -> None:
     """Ctrl-C reaches the jobs too, kill -TERM does not."""
     folder = tmp_path / "runs"
-    process = script(folder, trace)
+    process = script(folder)
     until(lambda: len(set(happened(trace, "step-0"))) > 1)
     (os.killpg if to_all else os.kill)(process.pid, number)
-    _, told = process.communicate(timeout=300)
+    _, told = process.communicate(timeout=600)
     assert process.returncode == 128 + number, told
     assert re.search(r"^stopped, \d of 6 runs are finished; the same command goes on$", told, re.M)
     assert not alive(trace)
@@ -240,32 +253,34 @@ def test_a_signal_ends_all_jobs_and_the_same_call_goes_on(
     assert results(folder) == whole
 
 
-def test_ctrl_c_while_the_first_job_is_being_started(tmp_path: Path, trace: Path) -> None:
+def test_ctrl_c_while_the_first_job_is_being_started(tmp_path: Path, trace: Path, script) -> None:
     """The process that forks the jobs is importing modules then, and must not die of it."""
     folder = tmp_path / "runs"
-    process = script(folder, trace)
+    process = script(folder)
     until(folder.exists)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=300)
+    _, told = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in told, told
     assert told.endswith("stopped, 0 of 6 runs are finished; the same command goes on\n")
     assert not alive(trace)
 
 
-def test_jobs_end_when_the_calling_process_is_killed(tmp_path: Path, trace: Path) -> None:
-    process = script(tmp_path / "runs", trace)
+def test_jobs_end_when_the_calling_process_is_killed(tmp_path: Path, trace: Path, script) -> None:
+    process = script(tmp_path / "runs")
     until(lambda: len(set(happened(trace, "step-0"))) > 1)
     process.kill()
-    process.communicate(timeout=300)
+    process.communicate(timeout=600)
     until(lambda: not alive(trace))
     assert len(happened(trace, "ended")) < 6
 
 
-def test_two_calls_at_once_never_write_one_folder(tmp_path: Path, trace: Path, whole) -> None:
-    processes = [script(tmp_path / "runs", trace) for _ in range(2)]
+def test_two_calls_at_once_never_write_one_folder(
+    tmp_path: Path, trace: Path, whole, script
+) -> None:
+    processes = [script(tmp_path / "runs") for _ in range(2)]
     for process in processes:
-        told = process.communicate(timeout=300)
+        told = process.communicate(timeout=600)
         assert process.returncode == 0 and told[0] == "{}\n", told
     assert results(tmp_path / "runs") == whole
     at: dict[str, str] = {}  # the process that works on a run

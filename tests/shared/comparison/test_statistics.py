@@ -457,7 +457,7 @@ def test_cost_is_step_times_and_counts_by_hand(tmp_path):
     write(tmp_path / "16px/shared/seed-0", arms_of("shared", 0), steps=full)
     timed = {"none": {"count": 5, "median_ms": 10.0}, "before": {"count": 5, "median_ms": 8.0},
              "ours": {"count": 5, "median_ms": 12.0}}  # fmt: skip
-    write(tmp_path / "timing/shared", {}, steps=timed)
+    write(tmp_path / "16px/timing/shared", {}, steps=timed)
     rows = summary(tmp_path)["resolutions"]["16"]["rows"]
     # step 12 / 10; whole (50 x 8 + 100 x 12) / (100 x 10)
     assert rows["ours"]["cost"] == {"step": pytest.approx(1.2), "whole": pytest.approx(1.6)}
