@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 import aird.train
 import baselines.train
 import btnet.train
@@ -145,6 +147,9 @@ TABLE1: dict[str, tuple[float | None, ...]] = {
 }
 
 
+PUBLISHED_ORDER = "CIFAR-100, Table I of CRRCD (its CRD is without KD)"
+
+
 def published_gain(method: str) -> float:
     """Mean gain of TABLE1 over the student alone, in points, over the pairs that are printed."""
     both = zip(TABLE1[method], TABLE1["none"], strict=True)
@@ -214,7 +219,7 @@ def rows(hr: int, columns: Mapping[str, str]) -> list[Row]:
             "phases": phases, "floor": "mm-{lr}", "exempt": {"student.name": OTHER_NETWORK},
         }  # fmt: skip
         against = "none" if arm == "mm" else "btnet: mm"
-        found.append(row(name, title, "btnet", "paper" if own else "component", "btnet", arm,
+        found.append(row(name, title, "btnet", "network", "btnet", arm,
                          tables=crossed("{lr}&{lr}"), against=against, tuned=own,
                          **common))  # fmt: skip
         found.append(row(f"{name}, HR gallery", title, "btnet", "crossed", "btnet", arm,
@@ -223,13 +228,13 @@ def rows(hr: int, columns: Mapping[str, str]) -> list[Row]:
     return found
 
 
-def claims(lr: int) -> list[Claim]:
-    """What the papers claim and this comparison can test; lr: the resolution it is tested at."""
+def claims(lr: int, column: str) -> list[Claim]:
+    """What the papers claim and this comparison can test; lr, column: by what, where no other."""
 
     def claim(text: str, paper: str, better: str, worse: str, note: str = "", kind: str = "greater",
               at: int = lr) -> Claim:  # fmt: skip
         return Claim(text=text, source=paper, rows=(better, worse), resolution=str(at),
-                     column="rank1", kind=kind, note=note)  # type: ignore[arg-type]  # fmt: skip
+                     column=column, kind=kind, note=note)  # type: ignore[arg-type]  # fmt: skip
 
     enlarging = "branches beat enlarging at {} px, 1/{} of HR"
     same, cross = "LR against LR", "LR against HR"
@@ -244,8 +249,10 @@ def claims(lr: int) -> list[Claim]:
         claim("hard pairs beat random ones", "AIRD", "aird", "aird: random pairs",
               "batches of people against shuffled ones"),
         claim("FaceBN helps under shift", "AIRD", "aird + FaceBN, shifted", "aird, shifted"),
-        claim(enlarging.format(4, 16), "BTNet", "btnet", "btnet: mr", "as 7 of 112 px", at=4),
-        claim(enlarging.format(8, 8), "BTNet", "btnet", "btnet: mr", "as 14 of 112 px", at=8),
+        claim(enlarging.format(4, 16), "BTNet", "btnet", "btnet: mr",
+              "as 7 of 112 px; a branch is trained after its trunk, for half as long", at=4),
+        claim(enlarging.format(8, 8), "BTNet", "btnet", "btnet: mr",
+              "as 14 of 112 px; likewise", at=8),
         claim("BCT helps", "BTNet", "btnet: bct, HR gallery", "btnet: pretrain, HR gallery", cross),
         claim("branch distillation helps", "BTNet", "btnet", "btnet: fixed", same),
         claim("branch distillation helps", "BTNet", "btnet, HR gallery", "btnet: fixed, HR gallery",
@@ -265,6 +272,9 @@ class Published:
     today: str = ""
     column: str = "verification"
     arm: str = ""
+    """Where a run has it; empty: it is of several runs or tables."""
+    ours: str = ""
+    """A count, which no run is needed for."""
 
 
 _FACES, _LIKEWISE = "not run: needs CASIA-WebFace and a GPU", "not run: likewise"
@@ -303,7 +313,8 @@ PUBLISHED = (
               _LIKEWISE),
     Published("BTNet", "table2", "QMUL-SurvFace, TPIR20 at FPIR .3, .2, .1 (Table 2)",
               "31.2, 26.9, 20.6", _LIKEWISE),
-    Published("BTNet", "fig5", "parameters stored for 14 px (Table 3)", "2.29M", "2,293,568"),
+    Published("BTNet", "fig5", "parameters stored for 14 px (Table 3)", "2.29M", "",
+              ours="2,293,568"),
 )  # fmt: skip
 
 
@@ -332,9 +343,10 @@ def setting(recipe: str, root: str) -> Setting:
         return Setting(known["smoke"], faces, 2, MULTIPLIERS[::2], TUNING_SEEDS[:1])
     shared = baselines.config.members(known["table1"])[0]
     shared = replace(shared, data=replace(shared.data, root=root))
-    no_people = ("adadistill", "btnet", "horkd")  # HORKD: both networks see 32 px, no assistant
-    # no development split to search on
-    return Setting(shared, {"top1": "top1"}, 3, tuning_seeds=(), left_out=no_people,
+    # CIFAR-100 has no development split to search on. Left out: what trains no classifier, and what
+    # has no setting for CIFAR-100 in its paper. HORKD without assistant: both networks see 32 px.
+    others = [n for n in PARTS if n.startswith(("adadistill", "btnet", "aird", "embedkd"))]
+    return Setting(shared, {"top1": "top1"}, 3, tuning_seeds=(), left_out=("horkd", *others),
                    resolution=shared.data.lr)  # fmt: skip
 
 
@@ -345,6 +357,8 @@ def config_of(
     known = part.paper.RECIPES
     is_btnet = part.paper is btnet.train
     base = known["smoke" if recipe == "smoke" and not is_btnet else "matched"]
+    if recipe == "paper" and part.paper is horkd.train:
+        base = replace(base, reduction=known["table1"].reduction)
     shared = {name: getattr(setting.shared, name) for name in SHARED}
     shared["data"] = replace(shared["data"], lr=lr)
     made = dict(part.changes)
@@ -376,18 +390,40 @@ class Comparison:
         self.machine = {"precision": args.precision, "threads": args.threads, "cache": args.cache,
                         "device": args.device}  # fmt: skip
 
-    def settle_precision(self) -> None:
-        """auto is timed once and kept in the folder: rows of two precisions are not comparable."""
-        path = self.folder / "precision.json"
+    def settle(self) -> None:
+        """What the folder keeps between calls: the resolution that claims are tested at, and what
+        --precision auto was timed to be (rows of two precisions are not comparable)."""
+        path = self.folder / "settings.json"
+        kept: dict[str, Any] = {"schema": SCHEMA, "resolution": self.args.resolution[0]}
+        if path.is_file():
+            kept = read_record(path)
         if self.args.precision == "auto":
-            if not path.is_file():
+            if "precision" not in kept:
+                torch.set_num_threads(self.args.threads)
                 shared = self.setting.shared
                 side, batch = shared.data.lr_input, shared.optim.batch
                 net = Recogniser(shared.student, side, shared.data.identities)
                 device = choose_device(self.args.device)
-                precision, _ = faster_precision(net.to(device), side, batch, device)
-                write_text(path, json.dumps({"schema": SCHEMA, "precision": precision}))
-            self.machine["precision"] = read_record(path)["precision"]
+                kept["precision"], _ = faster_precision(net, side, batch, device)
+            self.machine["precision"] = kept["precision"]
+        write_text(path, json.dumps(kept))
+
+    @property
+    def searches(self) -> bool:
+        return bool(self.setting.tuning_seeds) and not self.args.no_tuning
+
+    def cost(self) -> float:
+        """Of all stages; half of what is searched is taken to be trained again."""
+        (lr, *_), lrs = self.args.resolution, self.args.resolution
+        jobs = [job for one in lrs for job in self.main(one)] + self.timing(lr)
+        jobs += self.trials(lr, self.setting.multipliers) if self.searches else []
+        again = sum(part.cost for part in self.parts.values() if part.tuned) * self.args.seeds / 2
+        return sum(job.cost for job in jobs) + (again * lr / 16 if self.searches else 0.0)
+
+    def first(self) -> int:
+        """The resolution that claims are tested at: the first one asked for in this folder."""
+        path = self.folder / "settings.json"
+        return read_record(path)["resolution"] if path.is_file() else self.args.resolution[0]
 
     def job(self, where: str, part: Part, config: Any, cost: float) -> Job:
         config = replace(config, folder=str(self.folder / where), **self.machine)
@@ -427,9 +463,10 @@ class Comparison:
     def tuned(self, lr: int) -> list[Job]:
         """The parts for which another weight than the default won, with that weight."""
         found = []
+        searched = {row.job: row.at(lr) for row in self.rows() if row.tuned}
         for seed in range(self.args.seeds):
             for name, part in self.parts.items():
-                row = next((r.at(lr) for r in self.rows() if r.job == name and r.tuned), None)
+                row = searched.get(name)
                 times = row and statistics.choose(
                     self.folder / f"{lr}px", row, self.setting.multipliers,
                     len(self.setting.tuning_seeds),
@@ -454,7 +491,9 @@ class Comparison:
                 field: replace(getattr(config, field), epochs=TIMED_EPOCHS)
                 for field in ("optim", "trunk_optim", "branch_optim") if hasattr(config, field)
             }  # fmt: skip
-            config = replace(config, data=replace(config.data, test=people),
+            # as in a whole run a step reads the teacher's outputs, however few steps there are
+            kept = replace(config.teacher, outputs="always")
+            config = replace(config, data=replace(config.data, test=people), teacher=kept,
                              evaluate_every=TIMED_EPOCHS, **short)  # fmt: skip
             found.append(self.job(f"{lr}px/timing/{name}", part, config, 2 * part.cost))
         return found
@@ -463,7 +502,8 @@ class Comparison:
         found = rows(self.setting.shared.data.hr, self.setting.columns)
         people = "rank1" in self.setting.columns
         unfit = ("shifted", "crossed") if not people else ()  # test images of faces only
-        return [row for row in found if row.job in self.parts and row.group not in unfit]
+        left_out = self.setting.left_out  # what was chosen to train is no matter here
+        return [row for row in found if row.job not in left_out and row.group not in unfit]
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -475,12 +515,11 @@ def published(runs: Path) -> list[dict[str, str]]:
     for one in PUBLISHED:
         told = dataclasses.asdict(one)
         column, arm = told.pop("column"), told.pop("arm")
-        told["ours"] = ""
         for run in sorted((runs / one.paper.lower()).glob(f"{one.recipe}-*")):
-            path = run / "results.json"
-            if not path.is_file():
+            if not (run / "results.json").is_file():
                 continue
-            cells = json.loads(path.read_text())["rows"].get(arm, {}).get("cells", {})
+            told["why"] = f"run, see {run.name}"
+            cells = read_record(run / "results.json")["rows"].get(arm, {}).get("cells", {})
             if column in cells:
                 cell = cells[column]
                 told["ours"] = f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
@@ -530,14 +569,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.resolution = list(dict.fromkeys(args.resolution)) or [here.resolution]
     if args.recipe == "paper" and args.resolution != [here.resolution]:
         raise ValueError(f"--resolution: CIFAR-100 is compared at its {here.resolution} px")
+    papers = chosen(args.papers, list(PAPERS), "--papers")
+    methods = chosen(args.baselines, list(WEIGHTS), "--baselines")
     for lr in args.resolution:
         if not 4 <= lr < here.shared.data.hr and args.recipe != "paper":
             raise ValueError(f"--resolution {lr}: must be 4 or more and below the teacher's "
                              f"{here.shared.data.hr}")  # fmt: skip
+        times, rest = divmod(here.shared.data.hr, lr)
+        if "btnet" in papers and (rest or times & (times - 1)):
+            raise ValueError(f"--resolution {lr}: BTNet's trunk sees {here.shared.data.hr} px "
+                             "halved some times; take such a size, or --papers without "
+                             "btnet")  # fmt: skip
     args.folder = Path(args.folder or f"runs/compare/{args.recipe}").expanduser()
     args.folder = args.folder if args.folder.is_absolute() else ROOT / args.folder
-    papers = chosen(args.papers, list(PAPERS), "--papers")
-    methods = chosen(args.baselines, list(WEIGHTS), "--baselines")
     asked = {"none", *methods}
     args.parts = [
         name for name, part in PARTS.items()
@@ -560,16 +604,19 @@ def main() -> int:
     failed: dict[str, str] = {}
     if not args.report_only:
         folder.mkdir(parents=True, exist_ok=True)
-        comparison.settle_precision()
+        comparison.settle()
+        later = comparison.cost()
 
         def stage(name: str, jobs: Sequence[Job], workers: int = args.jobs) -> None:
+            nonlocal later
+            later = max(0.0, later - sum(job.cost for job in jobs))
             if jobs:
                 print(f"{name}: {len(jobs)} runs", file=sys.stderr)
-                failed.update(run_jobs(jobs, workers=workers))
+                failed.update(run_jobs(jobs, workers=workers, later=later))
 
         for lr in lrs:
             stage(f"students of {lr} px", comparison.main(lr))
-        if comparison.setting.tuning_seeds and not args.no_tuning:
+        if comparison.searches:
             default, *others = comparison.setting.multipliers
             stage("trials, default weights", comparison.trials(lrs[0], [default]))
             stage("trials, other weights", comparison.trials(lrs[0], others))
@@ -578,21 +625,23 @@ def main() -> int:
         alone = args.jobs if args.recipe == "smoke" else 1
         stage("training steps, timed", comparison.timing(lrs[0]), workers=alone)
 
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
     setting = comparison.setting
+    headline = next(iter(setting.columns))
     there = [lr for lr in range(1, setting.shared.data.hr + 1) if (folder / f"{lr}px").is_dir()]
     record = statistics.summarise(
-        folder, comparison.rows(), claims(lrs[0]), recipe=args.recipe, resolutions=there or lrs,
-        seeds=args.seeds, multipliers=setting.multipliers, trials=len(setting.tuning_seeds),
-        headline=next(iter(setting.columns)), label="CIFAR-100, Table I of CRRCD",
+        folder, comparison.rows(), claims(comparison.first(), headline), recipe=args.recipe,
+        resolutions=there, seeds=args.seeds, multipliers=setting.multipliers,
+        trials=len(setting.tuning_seeds), headline=headline, label=PUBLISHED_ORDER,
     )  # fmt: skip
     record["published"] = published(locate("runs"))
     write_text(folder / "comparison.json", written(record))
     html = page.write(folder)
     for lr in lrs:
-        print(page.text(record, str(lr)))
+        if lr in there:
+            print(page.text(record, str(lr)))
     print(f"written to {html}")
-    for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 

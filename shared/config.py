@@ -204,7 +204,7 @@ class Teacher(Network):
     """Keep its outputs for every training view in the cache, instead of asking it at each step.
     auto: where the views are no more than the passes over the data that it saves, or are there."""
     outputs_gib: float = 32.0
-    """Most that these may take on disk, LR views of images that are decoded from files included."""
+    """Most that these may take on disk, LR views included."""
     optim: Optim = field(default_factory=lambda: Optim(epochs=20))
 
     def __post_init__(self) -> None:

@@ -86,8 +86,7 @@ class Phase:
                     waited = time.perf_counter()
         bar.close()
         self._flush()
-        if took:
-            self.run.note_steps(self.name, self.steps, statistics.median(took))
+        self.run.note_steps(self.name, self.steps, statistics.median(took) if took else None)
         if self._events:
             self._events.close()
 

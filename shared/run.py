@@ -243,13 +243,15 @@ class Run:
                 folder = base.with_name(f"{base.name}-{copy}")
         return Path(self.broadcast(str(folder)))
 
-    def note_steps(self, phase: str, count: int, seconds: float) -> None:
-        """Keep how many steps a phase has and the median of their wall times, of those done here.
+    def note_steps(self, phase: str, count: int, seconds: float | None) -> None:
+        """Keep how many steps a phase has and the median of their wall times, of those done here;
+        None where all were done before the run was interrupted.
 
         Scores and checkpoints are no part of it: the former are outliers, the latter not timed.
         """
         before = {**self._first.get("steps", {}), **self._facts.get("steps", {})}
-        self.note(steps=before | {phase: {"count": count, "median_ms": round(1e3 * seconds, 3)}})
+        median = seconds and round(1e3 * seconds, 3)
+        self.note(steps=before | {phase: {"count": count, "median_ms": median}})
 
     def note(self, **facts: Any) -> None:
         """Keep facts about this run (licences, say) in its config.json."""

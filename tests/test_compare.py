@@ -81,7 +81,7 @@ def test_a_trial_sees_other_seeds_than_the_table() -> None:
 
 def test_claims_compare_rows_that_are_there() -> None:
     named = {row.name for row in compare.rows(64, FACES)}
-    for claim in compare.claims(16):
+    for claim in compare.claims(16, "rank1"):
         assert set(claim.rows) <= named
 
 
@@ -108,6 +108,7 @@ def test_the_published_recipes_are_there() -> None:
         (["--papers", "crcd"], "--papers crcd: not known; did you mean crrcd?"),
         (["--resolution", "64"], "--resolution 64: must be 4 or more and below"),
         (["--recipe", "paper", "--resolution", "16"], "--resolution: CIFAR-100"),
+        (["--resolution", "12"], "--resolution 12: BTNet's trunk sees 64 px halved some times"),
         (["--seeds", "-1"], "--seeds, --jobs and --threads must be 1 or more"),
     ],
 )
@@ -121,6 +122,7 @@ def test_papers_and_baselines_are_chosen_by_name() -> None:
     parts = compare.arguments(["--papers", "horkd", "--baselines", "kd", "rkd"]).parts
     assert parts == ["none", "kd", "rkd", "horkd", "horkd-direct"]
     assert compare.arguments(["--papers", "--baselines"]).parts == ["none"]
+    assert compare.arguments(["--papers", "crrcd", "--resolution", "12"]).resolution == [12]
     assert compare.arguments([]).parts == list(compare.PARTS)
 
 
@@ -129,6 +131,42 @@ def test_an_empty_folder_has_nothing_to_report(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no finished run" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_trained_next_does_not_choose_what_is_told(tmp_path: Path) -> None:
+    """Holm's families are those of the folder, whatever --papers a later call names."""
+    few = compare.Comparison(
+        compare.arguments(["--papers", "crrcd", "--baselines", "--folder", str(tmp_path)])
+    )
+    every = compare.Comparison(compare.arguments(["--folder", str(tmp_path)]))
+    assert few.rows() == every.rows()
+    assert len(few.main(16)) < len(every.main(16))
+
+
+def test_claims_stay_at_the_resolution_that_came_first(tmp_path: Path) -> None:
+    flags = ["--folder", str(tmp_path), "--precision", "fp32"]
+    compare.Comparison(compare.arguments(flags)).settle()
+    later = compare.Comparison(compare.arguments([*flags, "--resolution", "8", "16"]))
+    later.settle()
+    assert later.first() == 16
+
+
+def test_a_step_is_timed_as_it_is_trained() -> None:
+    """A short run, too, reads the teacher's outputs."""
+    comparison = compare.Comparison(compare.arguments([]))
+    for job in comparison.timing(16):
+        assert job.config.teacher.outputs == "always"
+        assert job.config.optim.epochs == compare.TIMED_EPOCHS
+
+
+def test_cifar_has_no_people_to_choose_weights_on() -> None:
+    comparison = compare.Comparison(compare.arguments(["--recipe", "paper", "--root", "x"]))
+    assert not comparison.searches
+    assert {job.config.data.name for job in comparison.main(32)} == {"cifar100"}
+    assert {row.paper for row in comparison.rows()} == {"baselines", "crrcd", "horkd"}
+    (direct,) = (part for name, part in comparison.parts.items() if name == "horkd-direct")
+    made = compare.config_of(direct, comparison.setting, "paper", 32, 0, changes={})
+    assert (made.reduction, made.stages) == ("image", "direct")
 
 
 @pytest.mark.slow

@@ -41,8 +41,9 @@ from shared.files import write_text
 PRELOAD = ("torch", "torchvision", "numpy", "shared.run", "shared.teacher", "shared.results",
            "shared.report")  # fmt: skip
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-_APART = ("--resume", "--folder", "--runs", "--cache")  # say where, not what
-_OPEN = "has not come to its end"
+# say where, not what
+_APART = ("--resume", "--folder", "--runs", "--cache", "--trunk-run", "--assistant-run")
+OPEN = "has not come to its end"
 # By these a run knows what was done.
 _DONE = ("results*.json", "config.json", "*.ckpt", "metrics.jsonl", "student.safetensors",
          "students/*.safetensors")  # fmt: skip
@@ -76,10 +77,13 @@ class _Running:
     whole: bool  # not the rest of a run that was interrupted
 
 
-def run_jobs(jobs: Sequence[Job], *, workers: int, preload: Sequence[str] = ()) -> dict[str, str]:
+def run_jobs(
+    jobs: Sequence[Job], *, workers: int, preload: Sequence[str] = (), later: float = 0.0
+) -> dict[str, str]:
     """Run what is not finished, `workers` at a time; returns the reason of every job that failed.
 
-    preload: modules to import once, beside PRELOAD and those of the jobs' functions.
+    preload: modules to import once, beside PRELOAD and those of the jobs' functions. later: cost of
+    what the caller will run after these, for the time that is left.
 
     Raises ValueError, before anything runs, where a job's folder holds a run of another
     configuration. SIGTERM and Ctrl-C: the runs save, then SystemExit with code 143 or 130; a second
@@ -95,7 +99,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, preload: Sequence[str] = ()) 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *preload, *{job.train.__module__ for job in waiting}])
     resource_tracker.ensure_running()  # its start would unblock what is blocked below
-    progress = _Progress(jobs, waiting, workers)
+    progress = _Progress(jobs, waiting, workers, later)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for one in running:
@@ -181,7 +185,7 @@ def _reason(job: Job, code: int | None) -> str:
     if code == 0 and job.finished():
         return ""
     told = path.read_text().strip() if path.is_file() else ""
-    if code == 1 and told not in ("", _OPEN):
+    if code == 1 and told not in ("", OPEN):
         return told
     log = _log(job.folder)
     if code == 0:
@@ -229,7 +233,7 @@ def _train(job: Job) -> None:
     _check(job)
     if job.finished():
         return
-    write_text(job.folder / "failed.txt", _OPEN + "\n")
+    write_text(job.folder / "failed.txt", OPEN + "\n")
     if not (job.folder / "config.json").exists():
         for pattern in _DONE:  # without its config.json nobody knows whose they are
             for path in job.folder.glob(pattern):
@@ -260,8 +264,10 @@ def _follow_parent() -> None:
 class _Progress:
     """A line for every job that ends and, on a terminal, a bar over the jobs' costs."""
 
-    def __init__(self, jobs: Sequence[Job], waiting: Sequence[Job], workers: int) -> None:
-        self.count, self.workers = len(jobs), workers
+    def __init__(
+        self, jobs: Sequence[Job], waiting: Sequence[Job], workers: int, later: float = 0.0
+    ) -> None:
+        self.count, self.workers, self.later = len(jobs), workers, later
         self.done = len(jobs) - len(waiting)
         self.seconds = self.cost = 0.0  # of the jobs that ran from beginning to end in this call
         total = sum(job.cost for job in jobs)
@@ -295,7 +301,7 @@ class _Progress:
         if not self.cost:
             return ""
         pace, now = self.seconds / self.cost, time.monotonic()
-        left = pace * sum(job.cost for job in waiting)
+        left = pace * (self.later + sum(job.cost for job in waiting))
         left += sum(max(0.0, pace * one.job.cost - (now - one.began)) for one in running)
         return f", {timedelta(seconds=round(left / self.workers))} left"
 

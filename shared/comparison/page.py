@@ -26,7 +26,8 @@ from shared.report import html_table, page, plot
 from shared.results import aligned
 
 RANKED = ("baseline", "paper")  # groups that compete; the others explain
-OTHER_ITEMS = {  # groups scored on images of their own
+OTHER_ITEMS = {  # groups that are not compared with all: another network, or other test images
+    "network": "One network of the teacher's size for all resolutions",
     "shifted": "On shifted test images",
     "crossed": "Gallery and probes of two sizes",
 }
@@ -96,7 +97,8 @@ def markdown(record: dict[str, Any], resolution: str) -> str:
     for part, rows in _parts(record, resolution).items():
         others = [first, second] if not part else ["its own reference"]
         head = ["", _heading(record), *(f"− {other}" for other in others)]
-        head += ["tuned", "rank", "step", "whole", "parameters", "MACs"] if not part else []
+        head += ["tuned", "rank", "step", "whole"] if not part else ["tuned", "whole"]
+        head += ["parameters", "MACs"]
         lines = [head, ["---"] * len(head)]
         for row in rows.values():
             cell = _cell(row, record["headline"])
@@ -111,11 +113,10 @@ def markdown(record: dict[str, Any], resolution: str) -> str:
                 if gain and _clear(gain):
                     shown = " ".join([f"**{value}**", *interval])
                 line.append(shown)
-            if not part:
-                tuned = _cell(row.get("tuned"), record["headline"])
-                line += ["" if tuned is None else f"{tuned['value']:.2f}", _rank(row)]
-                line += [_times(row, "step"), _times(row, "whole"), *_size(row)]
-            lines.append(line)
+            tuned = _cell(row.get("tuned"), record["headline"])
+            line += ["" if tuned is None else f"{tuned['value']:.2f}"]
+            line += [_rank(row), _times(row, "step")] if not part else []
+            lines.append([*line, _times(row, "whole"), *_size(row)])
         text += [f"{OTHER_ITEMS[part]}:", ""] if part else []
         text += [*(_piped(line) for line in lines), ""]
     return "\n".join(text).rstrip()
@@ -555,7 +556,8 @@ def _tables(record: dict[str, Any], at: str) -> str:
         f"in percent with 95 % intervals; differences in points, bold and starred where p after "
         f"Holm’s correction is {LEVEL:g} or less. Rank: among the {ranked} baselines and papers’ "
         "methods. Step and whole training: times the student alone; whole counts what must be "
-        "trained first."
+        "trained first but for the teacher, which all rows of a seed share. (A step of another "
+        "network: times that network alone.)"
     )
     failed = "".join(
         f"<li><b>{escape(row['title'])}</b>: {escape(_failures(row))}</li>\n"
@@ -663,9 +665,11 @@ def _made(record: dict[str, Any]) -> str:
     text = f"<dl>{facts}</dl>\n" if facts else ""
     text += (
         "<p>A mean has Student’s t interval over its seeds; a difference is paired, over the seeds "
-        "that both rows have, with a bootstrap over seeds and test identities, as are ranks and "
-        "τ. p-values are corrected by Holm’s method: all baselines and papers against one row are "
-        "a family, and so are all claims.</p>\n"
+        "that both rows have, with a bootstrap over seeds and test identities, widened for few "
+        "seeds; ranks and τ are of the same bootstrap, as it is. A verdict needs five "
+        "paired seeds. p-values are corrected by Holm’s method: all baselines and papers against "
+        "one row are "
+        "a family, and so are all claims that one row is better than another.</p>\n"
     )
     exempt = record.get("exempt") or {}
     if exempt:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from shared.comparison.jobs import OPEN
 from shared.config import SCHEMA
 from shared.evaluate.intervals import (
     Interval,
@@ -36,10 +37,11 @@ from shared.evaluate.intervals import (
 )
 from shared.results import arrays_of
 
-Group = Literal["teacher", "baseline", "paper", "component", "shifted", "crossed"]
+Group = Literal["teacher", "baseline", "paper", "component", "network", "shifted", "crossed"]
 OTHER_ITEMS = ("shifted", "crossed")  # groups scored on images of their own
 COMPARED = ("baseline", "paper")  # groups that are ranked, and whose p-values are one family
 ALPHA = 0.05
+SEEDS_OF_A_VERDICT = 5
 MARGIN = 1.0  # points (percent of items) within which something "adds little"
 BINS = 60  # of a histogram of cosines, over [-1, 1]
 # What must be the same in all runs that are compared: these parts of a run's configuration, and
@@ -107,7 +109,7 @@ class Claim:
     adjusted by Holm over all tested claims of this kind, is at most .05; contradicted when the
     interval lies below 0 and that p-value is at most .05. "close" (it adds little) is confirmed
     when the whole interval lies within +-1 point, and contradicted when it lies wholly outside. All
-    else is not confirmed, or not tested where there are no two paired seeds.
+    else is not confirmed, or not tested where fewer than five seeds are paired.
     """
 
     text: str
@@ -165,11 +167,12 @@ def summarise(
     0. label: of the ranking in Row.published. Values are percent.
 
     A row's mean has Student's t interval over its seeds. A difference is paired, over the seeds
-    both rows have, by the two-way bootstrap of shared.evaluate.intervals.compare_seeds; fewer than
-    two seeds give a value alone. Holm's families: at one resolution and column, and for default and
-    tuned weights each by itself, the differences of all baselines and papers to `reference`, and
-    those to `second`. Ranks (of the headline) and Kendall's tau are over the seeds that all ranked
-    rows have; a row with fewer than half as many as the fullest is not ranked.
+    both rows have, by the two-way bootstrap of shared.evaluate.intervals.compare_seeds, widened for
+    few seeds; fewer than two seeds give a value alone. Holm's families: at one resolution and
+    column, and for default and tuned weights each by itself, the differences of all baselines and
+    papers to `reference`, and those to `second`. Ranks (of the headline) and Kendall's tau are over
+    the seeds that all ranked rows have; a row with fewer than half as many as the fullest is not
+    ranked.
 
     Raises ValueError: no finished run, a file that cannot be read, rows scored on other items, or
     configurations that differ in what must be equal (`check_equal`).
@@ -235,7 +238,7 @@ def summarise(
         histograms[str(lr)] = {name: one for name, one in pairs.items() if one}
     if not runs:
         raise ValueError(
-            f"{folder}: no finished run here; run compare.py without --report-only first"
+            f"{folder}: no finished run here, nothing to compare"
         )
     return {
         "schema": SCHEMA,
@@ -393,7 +396,7 @@ def _difference(a: _Trained, b: _Trained, column: str) -> dict[str, Any] | None:
     if len(both) < 2:
         value = float(x.mean() - y.mean())
         return {"value": value, "low": None, "high": None, "p": None, "holm": None}
-    interval, p = compare_seeds(x, y, a.groups[column])
+    interval, p = compare_seeds(x, y, a.groups[column], few_seeds=True)
     return _told(interval) | {"p": p, "holm": None}
 
 
@@ -456,19 +459,25 @@ def _verdicts(claims: Sequence[Claim], views: Mapping[str, View]) -> list[dict[s
     for claim in claims:
         view = views.get(claim.resolution, {})
         missing = [r for r in claim.rows if r not in view or not view[r].hits.get(claim.column)]
+        unscored = [r for r in missing if r in view and view[r].seeds]
         better, worse = claim.rows
         gain = None if missing else _difference(view[better], view[worse], claim.column)
         if claim.resolution not in views:
             why = f"nothing was trained at {claim.resolution} px"
+        elif unscored:
+            why = f"{unscored[0]} was not scored by {claim.column}"
         elif missing:
             why = f"no finished run of {' and of '.join(missing)}"
         elif gain is None:
             why = "no seed that both rows have"
         else:
-            why = "" if gain["p"] is not None else "one seed that both rows have, needs two"
+            both = view[better].hits[claim.column].keys() & view[worse].hits[claim.column].keys()
+            few = len(both) < SEEDS_OF_A_VERDICT
+            why = f"{len(both)} paired seeds, a verdict needs {SEEDS_OF_A_VERDICT}" if few else ""
         found.append(gain or dict(nothing))
         whys.append(why)
-    _adjust([gain for gain, c in zip(found, claims, strict=True) if c.kind == "greater"])
+    told = zip(found, claims, whys, strict=True)
+    _adjust([gain for gain, c, why in told if c.kind == "greater" and not why])
     return [
         {
             "claim": claim.text,
@@ -540,26 +549,30 @@ def _cost(base: Path, row: Row, alone: Row | None) -> dict[str, float] | None:
     """Times the student alone: a step, and the whole training with what it needs first.
 
     Step times are of the short timing run, where the row and its floor follow one another in one
-    process; numbers of steps are of seed 0's full runs; alone: the row of the student alone.
+    process; numbers of steps are of seed 0's full runs; alone: the row of the student alone. A
+    row of another network (exempt) has that network alone as its floor, and its whole training is
+    told in times of the student alone, of a timing run of its own.
     """
     files = [base / "timing" / row.job, base / row.job / "seed-0"]
-    files += [base / alone.job / "seed-0"] if alone else []
+    files += [base / alone.job / "seed-0", base / "timing" / alone.job] if alone else []
     if not row.phases or not alone or not alone.phases:
         return None
     if not all((run / "config.json").is_file() for run in files):
         return None
-    timed, full, short = (_json(run / "config.json").get("steps", {}) for run in files)
+    timed, full, short, timed_alone = (
+        _json(run / "config.json").get("steps", {}) for run in files
+    )
     last = alone.phases[-1]
     if not {*row.phases, row.floor} <= timed.keys() or not set(row.phases) <= full.keys():
         return None
-    if last not in short:
+    if last not in short or last not in timed_alone:
+        return None
+    if any(timed[phase]["median_ms"] is None for phase in {*row.phases, row.floor}):
         return None
     floor = timed[row.floor]["median_ms"]
     spent = sum(full[phase]["count"] * timed[phase]["median_ms"] for phase in row.phases)
-    return {
-        "step": timed[row.phases[-1]]["median_ms"] / floor,
-        "whole": spent / (short[last]["count"] * floor),
-    }
+    whole = short[last]["count"] * (timed_alone[last]["median_ms"] if row.exempt else floor)
+    return {"step": timed[row.phases[-1]]["median_ms"] / floor, "whole": spent / whole}
 
 
 def _curve(base: Path, row: Row, headline: str) -> dict[str, Any] | None:
@@ -612,8 +625,9 @@ def _trained(job: Path, row: Row, seeds: int, items: Items) -> _Trained:
     for seed in range(seeds):
         run = job / f"seed-{seed}"
         if not _finished(run, row):
-            if (run / "failed.txt").is_file():
-                found.failed[str(seed)] = _text(run / "failed.txt").strip()
+            reason = _text(run / "failed.txt").strip() if (run / "failed.txt").is_file() else ""
+            if reason not in ("", OPEN):
+                found.failed[str(seed)] = reason
             continue
         for column, (table, inner) in row.tables.items():
             record, path = _json(run / f"{table}.json"), arrays_of(run, table)

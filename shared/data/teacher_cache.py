@@ -124,7 +124,8 @@ class TeacherCache:
         if c.outputs == "auto" and passes < views and not self.e.whole():
             return None, ""
         limit = int(c.outputs_gib * 2**30)
-        free = shutil.disk_usage(self.folder).free + self.e.held() + self.z.held()
+        there = sum(rows.held() for rows in (self.e, self.z, self.low) if rows is not None)
+        free = shutil.disk_usage(self.folder).free + there
         room = min(limit, free) - self.e.nbytes
         if room < 0:
             size = f"{views} views of {self.e.count:,} images take {self.e.nbytes / 2**30:,.2f} GiB"

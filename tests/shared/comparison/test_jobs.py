@@ -233,7 +233,7 @@ def test_kill_9_of_all_and_a_second_call_end_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)]
+    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)]
 )
 def test_a_signal_ends_all_jobs_and_the_same_call_goes_on(
     tmp_path: Path, trace: Path, whole, script, number: int, to_all: bool
@@ -253,6 +253,7 @@ def test_a_signal_ends_all_jobs_and_the_same_call_goes_on(
     assert results(folder) == whole
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_first_job_is_being_started(tmp_path: Path, trace: Path, script) -> None:
     """The process that forks the jobs is importing modules then, and must not die of it."""
     folder = tmp_path / "runs"
@@ -266,6 +267,7 @@ def test_ctrl_c_while_the_first_job_is_being_started(tmp_path: Path, trace: Path
     assert not alive(trace)
 
 
+@pytest.mark.slow
 def test_jobs_end_when_the_calling_process_is_killed(tmp_path: Path, trace: Path, script) -> None:
     process = script(tmp_path / "runs")
     until(lambda: len(set(happened(trace, "step-0"))) > 1)
