@@ -122,6 +122,21 @@ SOURCES = {
     "crd": "Tian et al. 2020", "crcd": "Zhu et al. 2021", "dkd": "Zhao et al. 2022",
     "adadistill": "Boutros et al. 2024",
 }  # fmt: skip
+SOURCES_OF_PAPERS = {
+    "crrcd": "Zhang et al. 2024", "aird": "Shi et al. 2024", "horkd": "Ge et al. 2020",
+    "embedkd": "Yu et al. 2019", "btnet": "He et al. 2022",
+}  # fmt: skip
+NOTES = {  # what a reader of a row's numbers must know
+    "adadistill": "no task loss beside it: a multiple of its weight is one of the learning rate",
+    "dkd": "its warm-up of 20 epochs is most of the training here",
+    "horkd": "at the paper's weights every step's gradient is clipped, to a norm of 5: a common "
+             "multiple of them changes how much the task loss counts, not the length of a step",
+    "embedkd: rel": "its default weight was chosen here before, on objects",
+    "embedkd: abs": "its default weight was chosen here before, on objects",
+    "btnet": "its trunk trains for twice a student's epochs on images of every size, then its "
+             "branch for a student's epochs; its default weight was chosen here before, on "
+             "development people",
+}  # fmt: skip
 TITLES = {
     "none": "student alone", "cosine": "cosine", "kd": "KD", "fitnet": "FitNet", "at": "AT",
     "pkt": "PKT", "sp": "SP", "rkd": "RKD", "cc": "CC", "vid": "VID", "crd": "CRD", "crcd": "CRCD",
@@ -162,10 +177,11 @@ def rows(hr: int, columns: Mapping[str, str]) -> list[Row]:
     plain = {ours: ("results", theirs) for ours, theirs in columns.items()}
 
     def row(name: str, title: str, paper: str, group: Any, job: str, arm: str, **more: Any) -> Row:
-        given = {"tables": plain, "phases": (arm,), "floor": "alone", "against": "none"} | more
+        given = {"tables": plain, "phases": (arm,), "floor": "alone", "against": "none",
+                 "source": SOURCES_OF_PAPERS.get(paper, ""), "note": NOTES.get(name, "")} | more
         gain = published_gain(name) if name in TABLE1 and name != "none" else None
         return Row(name=name, title=title, group=group, job=job, arm=arm, paper=paper,
-                   **{"source": paper.upper(), "published": gain, **given})  # fmt: skip
+                   published=gain, **given)  # fmt: skip
 
     def crossed(kind: str) -> dict[str, tuple[str, str]]:
         return {"rank1": ("results-rank1", kind), "verification": ("results", kind)}

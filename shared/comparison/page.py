@@ -119,6 +119,7 @@ def markdown(record: dict[str, Any], resolution: str) -> str:
             lines.append([*line, _times(row, "whole"), *_size(row)])
         text += [f"{OTHER_ITEMS[part]}:", ""] if part else []
         text += [*(_piped(line) for line in lines), ""]
+    text += [f"- {title}: {note}." for title, note in _notes(found).items()]
     return "\n".join(text).rstrip()
 
 
@@ -165,7 +166,7 @@ def text(record: dict[str, Any], resolution: str) -> str:
         ])  # fmt: skip
     about = (
         f"{record['recipe']}, {resolution} px, {_count(found['seeds'], 'seed')}, "
-        f"{found['identities']:,} identities; * Holm p <= {LEVEL:g}; step, whole: times the "
+        f"{found['identities']:,} {_kind(record)}; * Holm p <= {LEVEL:g}; step, whole: times the "
         "student alone"
     )
     table = [line.rstrip() for line in aligned(lines)]
@@ -202,6 +203,11 @@ def _parts(record: dict[str, Any], at: str) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     column = record["headline"]
     return {k: v for k, v in found.items() if not k or any(_cell(r, column) for r in v.values())}
+
+
+def _notes(found: dict[str, Any]) -> dict[str, str]:
+    """What a reader of some rows' numbers must know, by title."""
+    return {row["title"]: row["note"] for row in found["rows"].values() if row.get("note")}
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -242,6 +248,11 @@ def _main(record: dict[str, Any]) -> str:
 
 def _heading(record: dict[str, Any]) -> str:
     return record["columns"][record["headline"]]
+
+
+def _kind(record: dict[str, Any]) -> str:
+    """What is scored: by rank-1 people, by accuracy every image for itself."""
+    return "images" if record["headline"] == "top1" else "identities"
 
 
 def _interval(cell: dict[str, Any], form: str = ".2f") -> str:
@@ -319,7 +330,7 @@ def _told(record: dict[str, Any]) -> str:
     told = (
         f"{students} ways to train one small network on images of {_listed(at)} px, each with "
         f"{_count(found['seeds'], 'paired seed')}, scored on {found['identities']:,} "
-        f"identities that no network has seen (recipe {record['recipe']})."
+        f"{_kind(record)} that no network has seen (recipe {record['recipe']})."
     )
     equal, same = record.get("equal") or {}, []
     for what, fields in HELD.items():
@@ -552,11 +563,11 @@ def _tables(record: dict[str, Any], at: str) -> str:
     found = record["resolutions"][at]
     ranked = len(_rows(record, at))
     note = (
-        f"{_count(found['seeds'], 'paired seed')}, {found['identities']:,} test identities. Means "
-        f"in percent with 95 % intervals; differences in points, bold and starred where p after "
-        f"Holm’s correction is {LEVEL:g} or less. Rank: among the {ranked} baselines and papers’ "
-        "methods. Step and whole training: times the student alone; whole counts what must be "
-        "trained first but for the teacher, which all rows of a seed share. (A step of another "
+        f"{_count(found['seeds'], 'paired seed')}, {found['identities']:,} test {_kind(record)}. "
+        f"Means in percent with 95 % intervals; differences in points, bold and starred where p "
+        f"after Holm’s correction is {LEVEL:g} or less. Rank: among the {ranked} baselines and "
+        "papers’ methods. Step and whole training: times the student alone; whole counts what must "
+        "be trained first but for the teacher, which all rows of a seed share. (A step of another "
         "network: times that network alone.)"
     )
     failed = "".join(
@@ -569,7 +580,19 @@ def _tables(record: dict[str, Any], at: str) -> str:
         for row in found["rows"].values()
         if (row.get("tuned") or {}).get("failed")
     )
+    failed += "".join(
+        f"<li><b>{escape(row['title'])}, trial of ×{_fraction(float(m))}</b>: "
+        f"{escape(_failures(trial))}</li>\n"
+        for row in found["rows"].values()
+        for m, trial in ((row.get("tuning") or {}).get("multipliers") or {}).items()
+        if trial.get("failed")
+    )
     text = f"<p>{escape(note)}</p>\n{_table(record, at, record['headline'])}"
+    notes = "".join(
+        f"<li><b>{escape(title)}</b>: {escape(told)}.</li>\n"
+        for title, told in _notes(found).items()
+    )
+    text += f'<ul class="notes">\n{notes}</ul>\n' if notes else ""
     if failed:
         text += f'<p>Failed:</p>\n<ul class="failed">\n{failed}</ul>\n'
     for column, heading in record["columns"].items():
@@ -829,8 +852,8 @@ def _curves(record: dict[str, Any], at: str) -> str:
              for n, k in zip(behind, ("ref", "second"), strict=False)]  # fmt: skip
     line = f" Behind each: {_listed(names)}." if names else ""
     return text and (
-        f"<p>{escape(_heading(record))} on development identities (%) over epochs, seed 0, best "
-        f'last score first.{line}</p>\n<div class="small">{text}</div>\n'
+        f"<p>{escape(_heading(record))} on {_kind(record)} of development (%) over epochs, seed 0, "
+        f'best last score first.{line}</p>\n<div class="small">{text}</div>\n'
     )
 
 
@@ -937,8 +960,9 @@ def _tuning(record: dict[str, Any], at: str) -> str:
         shown = "; ".join(f"×{_fraction(m)}: {value:.1f}" for m, value in scored)
         text += _image(figure, f"Development score of {row['title']} by weight, {shown}")
     return text and (
-        f"<p>{escape(_heading(record))} on development identities (%) over multiples of the "
-        f'default weight. Filled: the one that was chosen.</p>\n<div class="small">{text}</div>\n'
+        f"<p>{escape(_heading(record))} on {_kind(record)} of development (%) over multiples of "
+        f"the default weight. Filled: the one that was chosen.</p>\n"
+        f'<div class="small">{text}</div>\n'
     )
 
 
@@ -956,7 +980,8 @@ def _image(figure: Figure, alt: str) -> str:
 CSS = f"""
 h4{{margin:1.6rem 0 .3rem;font-size:.9375rem}}
 .found{{max-width:46rem;padding-left:1.2rem;font-size:1.0625rem}}
-.found li{{margin:.4rem 0}}
+.found li,.notes li{{margin:.4rem 0}}
+.notes{{max-width:46rem;padding-left:1.2rem;font-size:.875rem}}
 .strips{{display:grid;grid-template-columns:minmax(0,11rem) minmax(0,1fr) 9.5rem;align-items:center;
  font-size:.875rem;margin:1rem 0;font-variant-numeric:tabular-nums}}
 .strips svg{{width:100%;height:0;min-height:max(1.7rem,100%);display:block;overflow:visible}}

@@ -85,6 +85,8 @@ class Row:
     """Configuration fields that may differ from the other rows', with the reason."""
     published: float | None = None
     """Its number in the published ranking that Kendall's tau compares with."""
+    note: str = ""
+    """What a reader of its numbers must know."""
 
     def at(self, lr: int) -> Row:
         """The row of students of lr px."""
@@ -217,6 +219,7 @@ def summarise(
                 "paper": row.paper,
                 "source": row.source,
                 "group": row.group,
+                "note": row.note,
                 "against": row.against,
                 "parameters": view[row.name].cost.get("parameters"),
                 "macs": view[row.name].cost.get("macs"),
@@ -536,10 +539,16 @@ def _tuning(
     """What each multiplier scored; None where no trial has finished."""
     found: dict[str, Any] = {}
     for m in multipliers:
-        scores = [_score(_trial(base, row, m, seed), row) for seed in range(seeds)]
+        runs = [_trial(base, row, m, seed) for seed in range(seeds)]
+        scores = [_score(run, row) for run in runs]
         done = [score for score in scores if score is not None]
         whole = len(done) == len(scores) > 0
-        found[f"{m:.4g}"] = {"value": fmean(done) if whole else None, "seeds": scores}
+        reasons = {str(seed): _failure(run) for seed, run in enumerate(runs)}
+        found[f"{m:.4g}"] = {
+            "value": fmean(done) if whole else None,
+            "seeds": scores,
+            "failed": {seed: reason for seed, reason in reasons.items() if reason},
+        }
     if all(score is None for one in found.values() for score in one["seeds"]):
         return None
     return {"multipliers": found, "chosen": choose(base, row, multipliers, seeds)}
@@ -619,14 +628,20 @@ def _finished(run: Path, row: Row) -> bool:
     return all((run / f"{table}.json").is_file() for table, _ in row.tables.values())
 
 
+def _failure(run: Path) -> str:
+    """Why a run failed; empty where it did not, or is not over."""
+    path = run / "failed.txt"
+    reason = _text(path).strip() if path.is_file() else ""
+    return "" if reason == OPEN else reason
+
+
 def _trained(job: Path, row: Row, seeds: int, items: Items) -> _Trained:
     """What lies in job/seed-0 .. job/seed-<seeds - 1>; new kinds of items are added to `items`."""
     found = _Trained({c: {} for c in row.tables}, {c: {} for c in row.tables}, {}, {}, {}, {})
     for seed in range(seeds):
         run = job / f"seed-{seed}"
         if not _finished(run, row):
-            reason = _text(run / "failed.txt").strip() if (run / "failed.txt").is_file() else ""
-            if reason not in ("", OPEN):
+            if reason := _failure(run):
                 found.failed[str(seed)] = reason
             continue
         for column, (table, inner) in row.tables.items():

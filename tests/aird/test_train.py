@@ -16,7 +16,8 @@ from aird.model import face_bn
 from aird.train import load_student, train
 from shared import models
 from shared.models.recogniser import Recogniser, read_metadata
-from tests.conftest import python, tiny_aird
+from tests.conftest import tiny_aird
+from tests.forked import forked
 
 ROWS = ["alone", "alone-long", "iid", "rid", "aird"]
 
@@ -111,7 +112,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, cache: Path) -
         f"train(tiny_aird(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('aird',),\n"
         f"      lr_hr=False, checkpoint_seconds=0.0, folder={str(part)!r}))\n"
     )
-    assert python("-c", stop).returncode == 7
+    assert forked("-c", stop).returncode == 7
     assert not (part / "results.json").exists()
     train(replace(config, folder=str(part), resume=str(part)))
     for name in ("student.safetensors", "students/aird.safetensors"):
@@ -177,7 +178,7 @@ def test_a_bad_flag_is_one_line(tmp_path: Path, cache: Path, flags: list[str], s
     small = ["--data.identities", "40", "--data.development", "24", "--data.test", "24",
              "--teacher.identities", "40", "--teacher.optim.epochs", "1",
              "--cache", str(cache), "--runs", str(tmp_path), "--precision", "fp32"]  # fmt: skip
-    done = python("-m", "aird.train", *small, *flags)
+    done = forked("-m", "aird.train", *small, *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     *_, last = done.stderr.strip().splitlines()
     assert last.startswith("error: ") and said in last
@@ -195,5 +196,5 @@ def test_a_bad_flag_is_one_line(tmp_path: Path, cache: Path, flags: list[str], s
     ],
 )
 def test_a_bad_flag_of_eval_is_one_line(run: Path, flags: list[str], said: str) -> None:
-    done = python("-m", "aird.eval", str(run), *flags)
+    done = forked("-m", "aird.eval", str(run), *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr and said in done.stderr

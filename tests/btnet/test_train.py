@@ -23,7 +23,8 @@ from shared.config import locate
 from shared.data.pipeline import Loader
 from shared.data.sets import load
 from shared.models import build
-from tests.conftest import python, tiny_btnet
+from tests.conftest import tiny_btnet
+from tests.forked import forked
 
 SETTINGS = ["48&6", "48&12", "48&24", "6&6", "12&12", "24&24", "48&48"]
 
@@ -186,7 +187,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(run: Path, tmp_path: Path, cac
         f"train(tiny_btnet(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('mr', 'bt'),\n"
         f"      checkpoint_seconds=0.0, folder={str(part)!r}))\n"
     )
-    assert python("-c", stop).returncode == 7
+    assert forked("-c", stop).returncode == 7
     assert not (part / "results.json").exists()
     config = tiny_btnet(tmp_path, cache, students=("mr", "bt"), checkpoint_seconds=0.0)
     train(replace(config, folder=str(part), resume=str(part)))

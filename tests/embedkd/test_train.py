@@ -22,9 +22,10 @@ from shared.data.pipeline import Loader
 from shared.data.samplers import HalfLabelled, PKSampler
 from shared.data.sets import DataSet, load
 from shared.models.recogniser import Recogniser, read_metadata
-from tests.conftest import python, tiny
+from tests.conftest import tiny
 from tests.embedkd.small import ROWS, logged, table
 from tests.embedkd.small import tiny as small
+from tests.forked import forked, ranks
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, cache: Path) -
         f"train(tiny(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('rel',),\n"
         f"      checkpoint_seconds=0.0, folder={str(part)!r}))\n"
     )
-    assert python("-c", stop).returncode == 7
+    assert forked("-c", stop).returncode == 7
     assert not (part / "results.json").exists()
     train(replace(config, folder=str(part), resume=str(part)))
     for name in ("student.safetensors", "students/rel.safetensors"):
@@ -228,11 +229,9 @@ def test_two_gloo_ranks_give_the_losses_of_one(
     config = small(tmp_path, tmp_path / "cache", labelled=0.5, images_per_class=2,
                    students=("rel+unlabelled", "abs+at"))  # fmt: skip
     config = replace(config, optim=replace(config.optim, epochs=2, batch=8, lr=1e-3))
-    script, two = tmp_path / "ranked.py", replace(config, folder=str(tmp_path / "two"))
-    script.write_text(RANKED)
-    done = python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-                  str(script), json.dumps(to_dict(two)))  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = replace(config, folder=str(tmp_path / "two"))
+    for done in ranks(2, "-c", RANKED, json.dumps(to_dict(two))):
+        assert done.returncode == 0, done.stderr[-3000:]
     frozen = lambda self, mode=True: torch.nn.Module.train(self, False)  # noqa: E731
     monkeypatch.setattr(torch.nn.modules.batchnorm._BatchNorm, "train", frozen)
     losses = logged(train(replace(config, folder=str(tmp_path / "one")))), logged(tmp_path / "two")

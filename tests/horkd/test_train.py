@@ -26,7 +26,8 @@ from shared.config import locate
 from shared.data.pipeline import Loader, Resident, normalise
 from shared.data.sets import load
 from shared.models.recogniser import Recogniser
-from tests.conftest import python, tiny_horkd
+from tests.conftest import tiny_horkd
+from tests.forked import forked
 
 ROWS = ["alone", "alone-long", "kd", "rkd", "direct", "assistant", "horkd"]
 WEIGHTS = {"L1": 1.0, "L2": 0.02, "L3": 0.01, "LC": 1.0}
@@ -258,7 +259,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(run: Path, tmp_path: Path, cac
         f"train(tiny_horkd(Path({str(tmp_path)!r}), Path({str(cache)!r}), students=('horkd',),\n"
         f"      checkpoint_seconds=0.0, folder={str(part)!r}))\n"
     )
-    assert python("-c", stop).returncode == 7
+    assert forked("-c", stop).returncode == 7
     assert not (part / "results.json").exists()
     train(replace(config, folder=str(part), resume=str(part)))
     for name in ("student.safetensors", "students/assistant.safetensors"):

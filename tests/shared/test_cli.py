@@ -14,6 +14,7 @@ from crrcd.config import ABOUT, RECIPES, Config, members
 from shared import cli
 from shared.config import Data, from_dict, to_dict
 from tests.conftest import ROOT, python
+from tests.forked import forked
 
 
 def parse(*argv: str) -> Config:
@@ -158,7 +159,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, cache: Path, case: str
     flags, words = BAD[case]
     flags = [f.format(tmp=tmp_path) for f in flags]
     kept = str(tmp_path / "cache") if case == "download" else str(cache)
-    done = python(
+    done = forked(
         "-m", "crrcd.train", "smoke", "--runs", str(tmp_path / "runs"), "--cache", kept,
         "--data.test", "24", "--data.development", "24", *flags,
     )  # fmt: skip

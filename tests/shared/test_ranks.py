@@ -12,6 +12,7 @@ import torch
 
 from shared.config import to_dict
 from tests.conftest import python, tiny_aird, tiny_btnet, tiny_horkd
+from tests.forked import ranks
 
 # Batch norm frozen everywhere; the gradient of every parameter is kept after each of three steps.
 RANKED = """
@@ -62,17 +63,20 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(
     # a small rate: rounding is compared, not how training amplifies it
     config = replace(config, optim=replace(config.optim, epochs=2, lr=1e-3))
     script = tmp_path / "ranked.py"
-    script.write_text(RANKED)
     runs = []
-    for ranks in (1, 2):
+    for number in (1, 2):
         # a cache of its own: the teacher too is trained here, with batch norm frozen
-        folder, kept = str(tmp_path / f"ranks-{ranks}"), str(tmp_path / "cache")
+        folder, kept = str(tmp_path / f"ranks-{number}"), str(tmp_path / "cache")
         one = replace(config, folder=folder, cache=kept)
-        done = python(
-            "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
-            str(script), paper.partition(",")[0], json.dumps(to_dict(one)),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        given = (paper.partition(",")[0], json.dumps(to_dict(one)))
+        if paper == "crrcd":  # as a user starts it
+            script.write_text(RANKED)
+            launcher = ("-m", "torch.distributed.run", f"--nproc-per-node={number}", "--standalone")
+            every = [python(*launcher, str(script), *given)]
+        else:
+            every = ranks(number, "-c", RANKED, *given)
+        for done in every:
+            assert done.returncode == 0, done.stderr[-3000:]
         runs.append(Path(one.folder))
     one, two = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -28,6 +28,7 @@ from shared.models.recogniser import Recogniser
 from shared.phase import Phase
 from shared.run import Run
 from tests.conftest import ROOT, python
+from tests.forked import forked
 
 # A run of train() in a process of its own that ends itself by a signal at step STEP of phase ARM.
 KILLED = """
@@ -51,7 +52,7 @@ train(config)
 
 
 def run_until(config: Config, arm: str, step: int, number: int) -> subprocess.CompletedProcess:
-    return python("-c", KILLED, json.dumps(to_dict(config)), arm, str(step), str(number))
+    return forked("-c", KILLED, json.dumps(to_dict(config)), arm, str(step), str(number))
 
 
 def outcome(run: Path) -> dict:
@@ -246,7 +247,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
         """
     )
     path = tmp_path / "last.ckpt"
-    done = python("-c", script, str(path))
+    done = forked("-c", script, str(path))
     assert done.stdout.count("\n") == 1 and str(path) in done.stdout, done
     assert "the last good one stands" in done.stdout
     assert torch.load(path, weights_only=True)["x"].shape == (8,)

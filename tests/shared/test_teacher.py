@@ -21,7 +21,7 @@ from shared.data.sets import DataSet
 from shared.models.recogniser import Recogniser, save
 from shared.run import Run
 from shared.teacher import FrozenTeacher
-from tests.conftest import python
+from tests.forked import forked, ranks
 
 DATA = Data(hr=16, lr=4, shift=4, shift_step=4)
 CLASSES, EACH = 6, 8
@@ -119,7 +119,7 @@ t.get(from_dict(Config, json.loads(sys.argv[1])))
 def test_its_training_goes_on_bit_for_bit_after_kill_9(config: Config, tmp_path: Path) -> None:
     whole = replace(config, cache=str(tmp_path / "whole"))
     get(whole)
-    done = python("-c", KILLED, json.dumps(to_dict(config)))
+    done = forked("-c", KILLED, json.dumps(to_dict(config)))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (folder(config) / "teacher.safetensors").exists()
     get(config)
@@ -148,16 +148,12 @@ def test_two_gloo_ranks_train_it_as_one_does(config: Config, tmp_path: Path) -> 
     """
     optim = Optim(method="sgd", lr=1e-2, momentum=0.0, nesterov=False, batch=16, epochs=2)
     config = replace(config, teacher=replace(TEACHER, optim=optim))
-    (tmp_path / "ranked.py").write_text(RANKED)
     found = []
-    for ranks in (1, 2):
-        one = replace(config, cache=str(tmp_path / f"cache-{ranks}"),
-                      folder=str(tmp_path / f"run-{ranks}"))  # fmt: skip
-        done = python(
-            "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
-            str(tmp_path / "ranked.py"), json.dumps(to_dict(one)),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    for number in (1, 2):
+        one = replace(config, cache=str(tmp_path / f"cache-{number}"),
+                      folder=str(tmp_path / f"run-{number}"))  # fmt: skip
+        for done in ranks(number, "-c", RANKED, json.dumps(to_dict(one))):
+            assert done.returncode == 0, done.stderr[-3000:]
         found.append(folder(one))
     first, second = map(lines, found)
     assert len(first) == len(second) == 6 and first[0]["loss"] > 0

@@ -98,7 +98,8 @@ def make(*resolutions: str, drawn: int = 3) -> Record:
                 few = list(TRAINED).index(name) <= drawn
                 chosen = (1.0, 3.0, 0.3333)[len(name) % 3]
                 trial = {
-                    m: {"value": score - 5 - 2 * abs(np.log(float(m) / chosen)), "seeds": [0, 1]}
+                    m: {"value": score - 5 - 2 * abs(np.log(float(m) / chosen)), "seeds": [0, 1],
+                        "failed": {}}
                     for m in ("0.3333", "1", "3")[: 3 if few else 1]
                 }
                 tuning = {"multipliers": trial, "chosen": chosen}
@@ -113,6 +114,10 @@ def make(*resolutions: str, drawn: int = 3) -> Record:
                 "tuned": tuned, "cost": {"step": 1 + (cost - 1) / 2, "whole": cost},
             }  # fmt: skip
         rows["at"] |= {"seeds": list(range(9)), "failed": {"9": "not finite: L_at at step 12"}}
+        rows["at"]["tuning"]["multipliers"]["3"] = {
+            "value": None, "seeds": [30.1, None], "failed": {"1": "no memory"}
+        }  # fmt: skip
+        rows["at"]["note"] = "its maps are averaged"
         rows["diverged"] = rows["cc"] | {
             "title": "Diverged", "cells": {}, "rank": None, "tuning": None, "tuned": None,
             "cost": None, "parameters": None, "macs": None, "seeds": [],
@@ -298,8 +303,14 @@ def test_failed_rows_are_told_with_their_reason(finished: Path) -> None:
     shown = Page((finished / "report.html").read_text()).text
     assert "Diverged: loss is not finite at step 3: lower --optim.lr (10 seeds)" in shown
     assert "AT: not finite: L_at at step 12 (seed 9)" in shown
+    assert "AT, trial of ×3: no memory (seed 1)" in shown
     for form in (page.text(make(), "16"), page.markdown(make(), "16")):
         assert "loss is not finite at step 3" in form
+
+
+def test_what_a_reader_must_know_of_a_row_stands_behind_the_table(finished: Path) -> None:
+    assert "AT: its maps are averaged." in Page((finished / "report.html").read_text()).text
+    assert page.markdown(make(), "16").endswith("\n\n- AT: its maps are averaged.")
 
 
 def test_findings_are_counted_from_the_record(finished: Path) -> None:

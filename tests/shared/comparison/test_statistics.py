@@ -428,9 +428,9 @@ def test_tuned_numbers_come_from_the_tuned_runs_or_are_the_default_ones(tmp_path
     assert ours["tuning"] == {
         "chosen": 3.0,
         "multipliers": {
-            "1": {"value": 31.0, "seeds": [30.0, 32.0]},
-            "0.3333": {"value": 20.5, "seeds": [20.0, 21.0]},
-            "3": {"value": 34.0, "seeds": [33.0, 35.0]},
+            "1": {"value": 31.0, "seeds": [30.0, 32.0], "failed": {}},
+            "0.3333": {"value": 20.5, "seeds": [20.0, 21.0], "failed": {}},
+            "3": {"value": 34.0, "seeds": [33.0, 35.0], "failed": {}},
         },
     }
     tuned = ours["tuned"]

@@ -16,7 +16,7 @@ import torch
 
 from shared.data.kept import Rows, fill
 from shared.data.pipeline import Resident
-from tests.conftest import python
+from tests.forked import forked
 
 COUNT, VIEWS, SIZE, WIDTH = 23, 3, 5, 7  # images, views, images a part, numbers a row
 EVERY_VIEW = range(VIEWS)
@@ -246,7 +246,7 @@ SCRIPT = textwrap.dedent(
 
 
 def run(folder: Path, fate: str):
-    return python("-c", SCRIPT, str(folder), fate)
+    return forked("-c", SCRIPT, str(folder), fate)
 
 
 def test_a_pass_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from shared.data.sets import DataSet
 from shared.models.recogniser import Recogniser, save
 from shared.run import Run
 from shared.teacher import FrozenTeacher
-from tests.conftest import python
+from tests.forked import forked, ranks
 
 DATA = Data(hr=32, lr=8, shift=4, shift_step=4)
 VIEWS, COUNT, BATCH = 18, 64, 24  # the last part of a view has 16 images
@@ -387,18 +387,13 @@ RANKED = textwrap.dedent(
 
 
 def test_two_ranks_share_the_work_and_agree_with_live(config: Config, own: Path) -> None:
-    script = Path(config.runs).with_name("ranked.py")
-    script.write_text(RANKED)
-    done = python(
-        "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-        str(script), json.dumps(to_dict(config)), str(own),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    ranks = {rank: (asked, folder, index) for rank, asked, folder, index in lines}
+    both = ranks(2, "-c", RANKED, json.dumps(to_dict(config)), str(own))
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr[-3000:]
+    told = [json.loads(done.stdout.splitlines()[-1]) for done in both]
+    found = {rank: (asked, folder, index) for rank, asked, folder, index in told}
     # 64 images in parts of 12: six parts, three for each rank
-    assert [ranks[r][0] for r in (0, 1)] == [VIEWS * 36] * 2
-    assert ranks[0][1] == ranks[1][1] and not set(ranks[0][2]) & set(ranks[1][2])
+    assert [found[r][0] for r in (0, 1)] == [VIEWS * 36] * 2
+    assert found[0][1] == found[1][1] and not set(found[0][2]) & set(found[1][2])
 
 
 KILLED = textwrap.dedent(
@@ -424,7 +419,7 @@ KILLED = textwrap.dedent(
 def test_a_pass_that_is_killed_goes_on_and_gives_live_targets(
     config: Config, own: Path
 ) -> None:
-    done = python("-c", KILLED, json.dumps(to_dict(config)), str(own))
+    done = forked("-c", KILLED, json.dumps(to_dict(config)), str(own))
     assert done.returncode == -9, done.stderr
     run, loader, frozen = get(config, own)
     assert Asked.images == (VIEWS * 3 - 10) * 24
