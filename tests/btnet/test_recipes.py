@@ -323,6 +323,7 @@ def test_fig5_and_fig6_count_the_papers_networks_without_data(train: Train) -> N
         assert not (run / "metrics.jsonl").exists() and not (run / "results.json").exists()
 
 
+@pytest.mark.slow  # table3 is the same on a pack
 def test_ablation_training_is_table3_on_procedural_faces(train: Train) -> None:
     run = train("ablation-training", *DRAWN)
     assert rows(run) == ["mr", "mm", *BRANCHES]
@@ -341,6 +342,7 @@ def test_ablation_influence_differs_in_one_loss(train: Train) -> None:
     assert len({logged(run)["bt-12"][0]["cls"] for run in runs}) == 3
 
 
+@pytest.mark.slow  # fig7 is the same on a pack
 def test_ablation_ends_stores_more_the_later_a_branch_ends(train: Train) -> None:
     last = train("ablation-ends", *DRAWN)
     assert looks_drawn(last / "ends.png")

@@ -69,7 +69,7 @@ def test_two_gloo_ranks_give_the_losses_and_gradients_of_one(
         folder, kept = str(tmp_path / f"ranks-{number}"), str(tmp_path / "cache")
         one = replace(config, folder=folder, cache=kept)
         given = (paper.partition(",")[0], json.dumps(to_dict(one)))
-        if paper == "crrcd":  # as a user starts it
+        if (paper, number) == ("crrcd", 2):  # as a user starts it
             script.write_text(RANKED)
             launcher = ("-m", "torch.distributed.run", f"--nproc-per-node={number}", "--standalone")
             every = [python(*launcher, str(script), *given)]

@@ -386,6 +386,7 @@ def test_the_default_run_works_where_bf16_is_slow(tmp_path: Path, cache: Path) -
     """With AVX2 only, bf16 is emulated: the timed steps must say so, and the faster one is used."""
     done = python(
         "-m", "crrcd.train", "smoke", "--runs", str(tmp_path), "--cache", str(cache),
+        "--optim.epochs", "2", "--baselines", "alone", "--no-report",
         ONEDNN_MAX_CPU_ISA="AVX2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
