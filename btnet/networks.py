@@ -89,9 +89,14 @@ def check(config: Config) -> None:
     if config.start_run:
         earlier = _named(config.start_run)
         theirs = cli.stored(Config, earlier)
-        if theirs.student.name != config.student.name or theirs.data.hr != config.data.hr:
-            differ = "--student.name" if theirs.data.hr == config.data.hr else "--data.hr"
-            raise ValueError(f"--start-run {earlier}: of other networks ({differ})")
+        same = {
+            "--student.name": theirs.student.name == config.student.name,
+            "--data.hr": theirs.data.hr == config.data.hr,
+            "--end": theirs.end == config.end,
+            "--bn": theirs.bn == config.bn,
+        }
+        if differ := [flag for flag, equal in same.items() if not equal]:
+            raise ValueError(f"--start-run {earlier}: of other networks ({', '.join(differ)})")
         _student_file(earlier, theirs.trunk)
         for name, arm in arms(config).items():
             if arm.from_trunk:

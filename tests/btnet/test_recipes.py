@@ -432,6 +432,9 @@ def test_a_start_run_that_lacks_a_branch_or_has_another_network_is_one_line(
     said = refused(capsys, train, "table2", *at, faces, "--student.name", "iresnet18",
                    "--runs", runs)  # fmt: skip
     assert f"--start-run {faces}: of other networks (--student.name)" in said
+    said = refused(capsys, train, "table2", *at, faces, "--bn", "official", "--end", "head",
+                   "--runs", runs)  # fmt: skip
+    assert f"--start-run {faces}: of other networks (--end, --bn)" in said
     assert "no run folder here" in refused(capsys, train, "table2", *at, disk, "--runs", runs)
     assert not list(runs.glob("**/metrics.jsonl"))
 
