@@ -346,10 +346,14 @@ def _examples(run: Finished) -> str:
     found = run.results["columns"]
     column = "verification" if "verification" in found else run.results["headline"]
     correct = np.unpackbits(arrays[f"{own}/correct/{column}"], count=len(same)).astype(bool)
+    sides = _sides(column, data["lr"])
     groups: dict[tuple[bool, bool], str] = {}
     for pair, images in zip(arrays["examples/pair"], arrays["examples/images"], strict=True):
         high = torch.as_tensor(images)  # [2, 3, H, W]
-        small = low(high, data["lr"], mode=data["kernel"], antialias=data["antialias"])
+        small = [
+            low(one[None], side, mode=data["kernel"], antialias=data["antialias"])[0]
+            for one, side in zip(high, sides, strict=True)
+        ]
         faces = "".join(
             f'<img src="data:image/png;base64,{_png(x)}" alt="face {k} at {x.shape[-1]} px">'
             for view in (high, small)
@@ -359,7 +363,8 @@ def _examples(run: Finished) -> str:
         caption = f"<figcaption>{scores[pair]:.3f}</figcaption>"
         groups[key] = groups.get(key, "") + f"<figure>{faces}{caption}</figure>\n"
     text = (
-        f"<p>Above at {data['hr']} px, below at {data['lr']} px as <b>{escape(own)}</b> sees them, "
+        f"<p>Above at {data['hr']} px, below at {' and '.join(map(str, dict.fromkeys(sides)))} px "
+        f"as <b>{escape(own)}</b> sees them, "
         f"with its cosine. Its threshold is {float(arrays[f'{own}/threshold']):.3f}, the mean over "
         "folds; right and wrong are by the threshold of the pair's own fold.</p>\n"
     )
@@ -369,6 +374,12 @@ def _examples(run: Finished) -> str:
         text += f"<h3>{'Right' if right else 'Wrong'}: {who}, taken for {told}</h3>\n"
         text += f'<div class="pairs">{groups[right, alike]}</div>\n'
     return text
+
+
+def _sides(column: str, lr: int) -> tuple[int, int]:
+    """Of the two images of a pair, in px: those that a column such as 48&6 says, else lr."""
+    said = re.fullmatch(r"(\d+)&(\d+)", column)
+    return (int(said[1]), int(said[2])) if said else (lr, lr)
 
 
 def _png(pixels: torch.Tensor) -> str:

@@ -269,6 +269,24 @@ def test_example_pairs_show_the_pixels_the_student_saw(tmp_path: Path, plain: No
     assert [part.count("<figure>") for part in text.split("<h3>")[1:]] == [2, 1, 1, 1]
 
 
+def test_example_pairs_of_two_sizes_show_each_image_at_its_own(tmp_path: Path, plain: None) -> None:
+    """As BTNet's headline has them: the first image at 8 px (HR here), the second at 4."""
+    folder = make(tmp_path / "run", names=("crrcd",), reference=None, phases=())
+    with np.load(folder / "arrays.npz") as stored:
+        arrays: Any = {k.replace("/verification", "/8&4"): v for k, v in stored.items()}
+    np.savez_compressed(folder / "arrays.npz", **arrays)
+    text = (folder / "results.json").read_text()
+    text = text.replace('"verification": {"value"', '"8&4": {"value"')
+    results = json.loads(text) | {"columns": {"8&4": "8&4"}, "headline": "8&4"}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = Page(report.write(folder).read_text())
+    files = [base64.b64decode(s.split(",")[1]) for s in sources(page, "png")]
+    shown = [np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in files]
+    for k, pair in enumerate(arrays["examples/images"]):
+        assert (shown[4 * k + 2] == pair[0]).all() and shown[4 * k + 3].shape == (3, LR, LR)
+    assert "below at 8 and 4 px" in " ".join(page.text.split())
+
+
 def test_names_from_the_run_cannot_break_the_page(tmp_path: Path, plain: None) -> None:
     evil = '"><script>alert(1)</script>&amp;$\\frac{'
     folder = make(tmp_path / "run", names=(evil,), reference=evil, phases=(evil,))
