@@ -608,7 +608,7 @@ def _tables(record: dict[str, Any], at: str) -> str:
 
 
 def _table(record: dict[str, Any], at: str, column: str) -> str:
-    first, second = record["reference"], record["second"]
+    first, second, found = record["reference"], record["second"], record["resolutions"][at]
     full = column == record["headline"]
     head = ["row", f"{record['columns'][column]} (%)", *["rank"] * full, f"minus {first}",
             f"minus {second}", "tuned (%)", f"tuned, minus {second}"]  # fmt: skip
@@ -629,12 +629,13 @@ def _table(record: dict[str, Any], at: str, column: str) -> str:
             body.append([label, f"<small>{why}</small>", *[""] * (len(head) - 2)])
             continue
         mean, gain = _small(cell), _gain(cell, first)
-        if few := _some(row, record["resolutions"][at]):
+        if few := _some(row, found):
             mean += f"<small>{few}</small>"
         if lost := row.get("failed"):
             mean += f"<br><small>{_count(len(lost), 'seed')} failed</small>"
         if not gain and (to := row.get("against")) in cell.get("minus", {}):
-            gain = f"{_gain(cell, to)}<br><small>minus {escape(to)}</small>"
+            title = found["rows"][to]["title"] if to in found["rows"] else to
+            gain = f"{_gain(cell, to)}<br><small>minus {escape(title)}</small>"
         unranked = "" if row["group"] in RANKED else "<small>not ranked</small>"
         line = [label, mean, *[_rank(row) or unranked] * full, gain, _gain(cell, second)]
         none = "<small>not tuned</small>" if not row.get("tuning") else "<small>failed</small>"
@@ -831,22 +832,20 @@ def _curves(record: dict[str, Any], at: str) -> str:
         return ""
     behind = [n for n in (record["reference"], record["second"]) if n in curves]
     every = np.concatenate([c[head] for c in curves.values()])
-    ends = [e for c in curves.values() for e in c["epochs"]]
     text = ""
     for name in sorted(curves, key=lambda n: -curves[n][head][-1]):
-        if rows[name]["group"] == "teacher":
-            continue
         colour = _colour(record, name, rows[name])
         figure, axes = _panel(rows[name]["title"], colour)
         for other in (*behind, name):
             width, alpha = (1.6, 1.0) if other == name else (0.9, 0.55)
             axes.plot(curves[other]["epochs"], curves[other][head], lw=width, alpha=alpha,
                       color=_colour(record, other, rows[other]))  # fmt: skip
-        axes.set(xlim=(0, 1.03 * max(ends)), ylim=(0.97 * every.min(), 1.03 * every.max()))
+        last = max(curves[n]["epochs"][-1] for n in (*behind, name))  # a trunk's is longer
+        axes.set(xlim=(0, 1.03 * last), ylim=(0.97 * every.min(), 1.03 * every.max()))
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3))
-        last = curves[name][head][-1]
-        alt = f"{_heading(record)} of {rows[name]['title']} over epochs, at the end {last:.1f} %"
+        end = curves[name][head][-1]
+        alt = f"{_heading(record)} of {rows[name]['title']} over epochs, at the end {end:.1f} %"
         text += _image(figure, alt)
     names = [f'<span class="{k}">{escape(rows[n]["title"])}</span>'
              for n, k in zip(behind, ("ref", "second"), strict=False)]  # fmt: skip
@@ -1006,6 +1005,7 @@ tbody th small{{display:block;font-weight:400}}
 .one{{max-width:37rem}}
 .small{{display:grid;grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr));gap:.8rem 1rem}}
 @media screen and (prefers-color-scheme:dark){{.second{{color:#4aa3df}}}}
+@media screen and (min-width:68rem){{.scroll{{margin-right:calc(50% - min(50vw - 1rem,45rem))}}}}
 @media (max-width:40rem){{
 .strips{{grid-template-columns:minmax(0,6.6rem) minmax(0,1fr) 2.6rem}}
 .strips .value{{padding-left:.5rem;text-align:right}} .strips .value small{{display:none}}

@@ -235,7 +235,9 @@ def summarise(
             "kendall": _kendall(here, view, headline, label),
         }
         views[str(lr)] = view
-        curve = {row.name: _curve(base, row, headline) for row in here}
+        networks = {(row.job, row.phases[-1]): row for row in reversed(here) if row.phases}
+        # of a network with several rows (other test images, FaceBN) the first one's
+        curve = {row.name: _curve(base, row, headline) for row in reversed(networks.values())}
         curves[str(lr)] = {name: one for name, one in curve.items() if one}
         pairs = {row.name: _histogram(base, row) for row in here}
         histograms[str(lr)] = {name: one for name, one in pairs.items() if one}
@@ -587,7 +589,7 @@ def _cost(base: Path, row: Row, alone: Row | None) -> dict[str, float] | None:
 def _curve(base: Path, row: Row, headline: str) -> dict[str, Any] | None:
     """Development scores of seed 0 over the epochs."""
     run = base / row.job / "seed-0"
-    lines = _development(run, row) if row.phases and _finished(run, row) else []
+    lines = _development(run, row) if _finished(run, row) else []
     if not lines:
         return None
     scores = [line.get(headline, line["development"]) for line in lines]

@@ -483,9 +483,10 @@ def test_curves_and_histograms_are_of_seed_0(tmp_path):
     cosines = np.minimum(cosines, 1 + 1e-6).astype(np.float32)
     write(tmp_path / "16px/kd/seed-0", arms_of("kd", 0), scores=(same, cosines, 0.37),
           development=[("kd", 4, 20.0), ("other", 6, 1.0), ("kd", 8, 25.0)])  # fmt: skip
-    record = summary(tmp_path)
+    again = row("kd: again", "component", job="kd", arm="kd")  # the same network, another row
+    record = summary(tmp_path, rows=[*ROWS, again])
     assert record["curves"]["16"] == {"kd": {"seed": 0, "epochs": [4, 8], "rank1": [20.0, 25.0]}}
-    assert list(record["histograms"]["16"]) == ["kd"]
+    assert list(record["histograms"]["16"]) == ["kd", "kd: again"]
     shown = record["histograms"]["16"]["kd"]
     assert len(shown["edges"]) == 61 and shown["edges"][::30] == [-1, 0, 1]
     assert shown["threshold"] == 0.37
