@@ -11,6 +11,7 @@ import btnet.config
 import crrcd.config
 import embedkd.config
 import horkd.config
+from shared.comparison import page
 from shared.seeds import markdown
 from tests.conftest import ROOT
 
@@ -61,6 +62,14 @@ def test_btnets_front_table_is_of_the_committed_summary() -> None:
             assert cells == [f"{found['rows'][row][c]['value']:.2f}" for c in columns]
         else:
             assert cells == [cell(found["differences"]["bt - mr"][c], "+") for c in columns]
+
+
+def test_the_comparisons_tables_are_of_the_committed_record() -> None:
+    record = json.loads((ROOT / "results" / "compare-matched.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    assert page.markdown(record, "16") in text and page.markdown_claims(record) in text
+    found = record["resolutions"]["16"]
+    assert found["seeds"] == 10 and found["identities"] >= 1000
 
 
 @pytest.mark.parametrize("paper", ALL)
